@@ -1,0 +1,94 @@
+"""What several tests need: the bundled files, and tiny pipelines with random weights in each family's configuration."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data_samples")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import cogvideo_lite as cl  # noqa: E402
+
+NANO = ROOT / "data_samples/cogvideox-nano"
+SPIDER = ROOT / "data_samples/spider"
+
+# What sets the families apart in their published configurations; the rest is made tiny.
+FAMILIES = {
+    "2b": dict(use_rotary_positional_embeddings=False),
+    "5b": dict(use_rotary_positional_embeddings=True),
+    "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
+}
+SCHEDULER = dict(
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type="v_prediction",
+    rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
+)  # fmt: skip
+
+
+def tiny_pipeline(folder, family):
+    """A pipeline folder of the given family with random weights, 9 frames of 32x32, saved by diffusers itself."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = T5Tokenizer.from_pretrained(NANO / "tokenizer")
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=1)
+    )
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        scaling_factor=1.15258426 if family == "2b" else 0.7,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=12, **FAMILIES[family],
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=3.0 if family == "2b" else 1.0)
+    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """family -> folder of a tiny pipeline, made once."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = tiny_pipeline(tmp_path_factory.mktemp(family.replace(".", "_")), family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder of six of the bundled clips, with metadata.jsonl."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rows = (SPIDER / "metadata.jsonl").read_text().splitlines()[:6]
+    for row in rows:
+        shutil.copy(SPIDER / json.loads(row)["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def quick(tiny, clips, tmp_path):
+    """family, fields -> Config of a run of seconds on a tiny pipeline."""
+
+    def config(family="5b", **fields):
+        values = dict(
+            model=str(tiny(family)), data=str(clips), cache=str(tmp_path / "cache"), out=str(tmp_path / "run"), steps=4,
+            lr=1e-2, warmup=1, batch_size=2, rank=4, alpha=4.0, sampling_steps=2, guidance_scale=3.0, checkpoint_every=2,
+            validation_prompts=["a red spider"],
+        )  # fmt: skip
+        return cl.Config(**{**values, **fields})
+
+    return config

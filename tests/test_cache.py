@@ -1,0 +1,108 @@
+"""The cache: what it holds, that it is reused, and that nothing stale or torn is ever used."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from safetensors.torch import load_file
+
+import cogvideo_lite as cl
+
+
+def test_a_cached_clip_is_the_posterior_that_diffusers_vae_gives(quick, clips):
+    cache = cl.cache_clips(quick())
+    vae = AutoencoderKLCogVideoX.from_pretrained(quick().model, subfolder="vae")
+    config, base, _ = cl.resolve(quick())
+    first = cl.split_clips(config)[0][0]
+    with torch.no_grad():
+        expected = vae.encode((first.video * 2 - 1).transpose(0, 1)[None]).latent_dist
+    moments = load_file(str(cache.train[0][0]))["moments"]
+    torch.testing.assert_close(moments, torch.cat([expected.mean, expected.logvar], dim=1)[0])
+
+
+def test_a_cached_prompt_is_the_embedding_of_the_stock_pipeline(quick):
+    cache, base = cl.cache_clips(quick()), cl.find_base(quick().model)
+    pipe = CogVideoXPipeline.from_pretrained(base.folder)
+    for prompt, file in [("a red spider", cache.prompts["a red spider"]), ("", cache.empty)]:
+        expected = pipe.encode_prompt(prompt, None, False, max_sequence_length=base.text_length)[0][0]
+        torch.testing.assert_close(load_file(str(file))["prompt_embeds"], expected)
+
+
+def test_a_second_run_codes_nothing(quick, monkeypatch):
+    first = cl.cache_clips(quick())
+
+    def fail(*args):
+        raise AssertionError("coded again")
+
+    monkeypatch.setattr(cl, "encode_clips", fail)
+    monkeypatch.setattr(cl, "encode_prompts", fail)
+    assert cl.cache_clips(quick()) == first
+
+
+def test_other_sizes_and_other_models_get_entries_of_their_own(quick):
+    entries = [{f for f, _ in cl.cache_clips(c).train} for c in (quick("2b"), quick("5b"), quick("5b", height=64))]
+    assert not entries[0] & entries[1] and not entries[1] & entries[2]
+
+
+def test_a_changed_clip_is_coded_again_and_its_old_entry_removed(quick, clips, capsys):
+    old = cl.cache_clips(quick())
+    shutil.copy(clips / "003.mp4", clips / "000.mp4")
+    new = cl.cache_clips(quick())
+    assert "1 clips have changed" in capsys.readouterr().out
+    assert not old.train[0][0].exists() and new.train[0][0].exists()
+    torch.testing.assert_close(load_file(str(new.train[0][0])), load_file(str(new.train[3][0])))
+
+
+def test_a_torn_entry_is_coded_again(quick):
+    entry = cl.cache_clips(quick()).train[0][0]
+    whole = load_file(str(entry))
+    entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    cl.cache_clips(quick())
+    torch.testing.assert_close(load_file(str(entry)), whole, rtol=0, atol=0)
+
+
+def test_bad_clips_are_named_and_the_good_ones_kept(quick, clips, tmp_path):
+    (clips / "001.mp4").write_bytes(b"broken")
+    with pytest.raises(cl.UserError) as caught:
+        cl.cache_clips(quick())
+    assert "001.mp4" in str(caught.value) and "others were fine" in str(caught.value)
+    kept = [p for p in (tmp_path / "cache").glob("*.safetensors") if not p.name.startswith("prompt")]
+    assert len(kept) >= 4 and not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_cached_and_uncached_training_see_the_same_sample(quick):
+    """A sample made from the cache equals one made by hand from the clip, for the same keyed draws."""
+    config, base, _ = cl.resolve(quick())
+    cache = cl.cache_clips(config)
+    samples = cl.Samples(config, base, cache, 1000)
+    vae = AutoencoderKLCogVideoX.from_pretrained(base.folder, subfolder="vae")
+    files = {pair: clip for pair, clip in zip(cache.train, cl.split_clips(config)[0])}
+    for position in range(3):
+        clip = files[samples.clip_at(position)]
+        with torch.no_grad():
+            posterior = vae.encode((clip.video * 2 - 1).transpose(0, 1)[None]).latent_dist
+        noise = torch.randn(
+            posterior.mean.shape, generator=cl.keyed_generator(config.seed, "posterior", sample=position)
+        )
+        latents = ((posterior.mean + posterior.std * noise) * vae.config.scaling_factor)[0].transpose(0, 1)
+        torch.testing.assert_close(samples.training(position)["latents"], latents)
+
+
+def test_without_a_heldout_folder_every_tenth_clip_is_held_out(quick, clips):
+    rows = (clips / "metadata.jsonl").read_text().splitlines()
+    many = [json.loads(rows[k % 6]) | {"text": f"clip {k}"} for k in range(23)]
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    train, heldout, told = cl.split_clips(cl.resolve(quick())[0])
+    assert [c.caption for c in heldout] == ["clip 9", "clip 19"] and len(train) == 21
+    assert "every tenth clip" in told
+
+
+def test_the_bundled_clips_are_trained_on_fifty_at_a_time_and_held_out_by_folder():
+    config, _, _ = cl.resolve(cl.Config())
+    train, heldout, _ = cl.split_clips(config)
+    assert (len(train), len(heldout)) == (50, 32)
+    assert {c.path.parent.name for c in heldout} == {"spider-heldout"}
+    train, _, _ = cl.split_clips(cl.resolve(cl.Config(clips=200))[0])
+    assert len(train) == 200
