@@ -354,8 +354,7 @@ class Base:
         cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
         if part in ("tokenizer", "scheduler"):
             return cls.from_pretrained(self.folder / part)
-        kw = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
-        return cls.from_pretrained(self.folder / part, **kw).requires_grad_(False).eval()
+        return cls.from_pretrained(self.folder / part, dtype=dtype).requires_grad_(False).eval()
 
     def fingerprint(self, part):
         """Changes when the weights of a part do: its JSON files, and size, head and tail of each weight file."""

@@ -751,7 +751,7 @@ def save_base(transformer, text_encoder, tokenizer, scheduler, model):
     """Write the pipeline folder beside the VAE that is there, in half precision."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
-    vae = AutoencoderKLCogVideoX.from_pretrained(model / "vae", torch_dtype=torch.float16)
+    vae = AutoencoderKLCogVideoX.from_pretrained(model / "vae", dtype=torch.float16)
     pipe = CogVideoXPipeline(tokenizer, text_encoder.half(), vae, transformer.half(), scheduler)
     pipe.save_pretrained(model)
     print(f"base: saved to {model}")
@@ -1083,7 +1083,7 @@ def check(model, work, clips=CHECK_CLIPS, clips_at_226=CHECK_CLIPS_AT_226):
     """
     from diffusers import CogVideoXPipeline
 
-    pipe = CogVideoXPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     rows = rows_in_turn(combinations()[1], clips, CHECK_SEED)
     prompts = [caption(*row) for row in rows]
 
