@@ -647,7 +647,7 @@ CAPTION_DROPOUT, EMA, SUBJECT_WEIGHT = 0.1, 0.999, 3.0
 
 def base_latents(work, model):
     """Base clips as the VAE codes them: dict of moments (N, T, 32, h, w) fp16, subject (N, T, h, w) bool, captions."""
-    path = work / "base_latents.pt"
+    path = work / f"base_latents_{BASE_CLIPS}.pt"
     if not path.exists():
         from diffusers import AutoencoderKLCogVideoX
 
