@@ -18,6 +18,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -89,9 +90,9 @@ class Config:
     checkpoints_limit: int = option("older checkpoints than the newest N are removed", 2)
     resume: bool = option("continue from the newest complete checkpoint in OUT [the newest run of the method]", False)
     gradient_checkpointing: bool = option(
-        "recompute activations in backward: less memory, a third more time [if > 0.5 B parameters]"
+        "recompute activations in backward: less memory, more time [if > 0.5 B parameters]"
     )
-    compile: bool = option("torch.compile the transformer: a minute of waiting, then faster steps", False)
+    compile: bool = option("torch.compile the transformer before the first step", False)
     compute_dtype: str = option("arithmetic [chosen by a probe]", choices=["float32", "bfloat16", "float16"])
 
 
@@ -414,7 +415,7 @@ def choose_compute_dtype(device, base, wanted=None):
             return torch.float16, "the model is stored in fp16 and the card has no bf16 units"
         return torch.float32, "the card has no bf16 units, and fp16 overflows in a model trained in bf16"
     if not base.large:
-        return torch.float32, "the model is small: bf16 would save little time on a CPU, if any"
+        return torch.float32, "the model is small enough for it on a CPU"
     x, weight = torch.rand(512, base.width), torch.rand(base.width, base.width)
 
     def seconds(dtype):
@@ -470,11 +471,15 @@ def save_tensor(path, name, tensor, **metadata):
 
 def is_cached(path, name):
     """Whether a cache file is there and whole (a torn copy, say from a full disk, is coded again)."""
+    from safetensors import SafetensorError
+
+    if not path.exists():
+        return False
     try:
         load_tensor(path, name)
         return True
-    except Exception:  # safetensors raises its own error for each kind of damage, and an OSError where nothing is there
-        path.unlink(missing_ok=True)
+    except SafetensorError:
+        path.unlink()
         return False
 
 
@@ -565,17 +570,15 @@ def drop_stale(clip, file, settings):
     from safetensors import safe_open
 
     found = False
-    for old in file.parent.glob(f"{glob_escape(clip.path.stem)}-*.safetensors"):
+    for old in file.parent.glob(f"{glob.escape(clip.path.stem)}-*.safetensors"):
+        if not is_cached(old, "moments"):
+            continue
         with safe_open(str(old), "pt") as opened:
             metadata = opened.metadata() or {}
         if old != file and metadata.get("source") == str(clip.path) and metadata.get("settings") == settings:
             old.unlink()
             found = True
     return found
-
-
-def glob_escape(text):
-    return re.sub(r"([*?\[])", r"[\1]", text)
 
 
 def encode_clips(base, missing, settings, device, dtype):
@@ -927,7 +930,7 @@ def save_samples(folder, when, clips, prompts, fps):
 # ------------------------------------------------------------------------------------------------------------ training
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
-HELDOUT_CLIPS = 32  # at most: the mean over 32 clips x 5 timesteps changes by little when more are added
+HELDOUT_CLIPS = 32  # at most, so that the measurement stays cheap
 
 
 @dataclass
@@ -1001,7 +1004,8 @@ def train(config, callbacks=()):
 
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dataclasses.asdict(config))
+        # Without `resume`, so that --config repeats the run rather than goes on with one.
+        write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, resume=False)))
         trim_metrics(folder / "metrics.jsonl", first)
         banner(
             config,
@@ -1280,24 +1284,23 @@ def parser():
     out.add_argument(
         "--config", help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"
     )
-    kinds = {"int": int, "float": float, "str": str, "list": str}
     for f in dataclasses.fields(Config):
         help, choices = f.metadata["help"], f.metadata.get("choices")
         if help is None:
             continue
-        name, kind = "--" + f.name.replace("_", "-"), f.type if isinstance(f.type, str) else f.type.__name__
+        name = "--" + f.name.replace("_", "-")
         shown = help if f.default in (None, False) else f"{help} [{f.default}]"
-        if kind == "bool":
+        if f.type is bool:
             out.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
         else:
-            more = {"nargs": "+"} if kind == "list" else {}
+            kind, more = (str, {"nargs": "+"}) if f.type is list else (f.type, {})
             out.add_argument(
                 name,
-                type=kinds[kind],
+                type=kind,
                 choices=choices,
                 default=argparse.SUPPRESS,
                 help=shown,
-                metavar=kind.upper(),
+                metavar=kind.__name__.upper(),
                 **more,
             )
     return out

@@ -49,6 +49,7 @@ def test_other_sizes_and_other_models_get_entries_of_their_own(quick):
 def test_a_changed_clip_is_coded_again_and_its_old_entry_removed(quick, clips, capsys):
     old = cl.cache_clips(quick())
     shutil.copy(clips / "003.mp4", clips / "000.mp4")
+    (old.empty.parent / "000-torn.safetensors").write_bytes(b"torn")
     new = cl.cache_clips(quick())
     assert "1 clips have changed" in capsys.readouterr().out
     assert not old.train[0][0].exists() and new.train[0][0].exists()

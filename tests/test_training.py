@@ -60,6 +60,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(quick, tmp_path):
     assert len((tmp_path / "broken/metrics.jsonl").read_text().splitlines()) == 5
     broken.resume = True
     resumed = cl.train(broken)
+    assert not cl.load_config(resumed.folder / "config.json").resume  # repeating it starts anew
     assert same_adapter(whole, resumed)
     ours, theirs = ([(m["step"], m["loss"], m["grad_norm"]) for m in r.metrics] for r in (whole, resumed))
     assert ours == theirs
