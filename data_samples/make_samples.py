@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -472,31 +473,54 @@ def new_vae():
     )  # fmt: skip
 
 
-def vae_loss(out, video, weight, posterior):
-    """L1 + 2 MSE + differences between neighbouring pixels, heavier on the subject, plus a slight pull to N(0, 1)."""
+def vae_loss(out, video, weight, posterior, squares):
+    """L1 + squares x MSE + differences between neighbouring pixels, plus a slight pull to N(0, 1)."""
     error = out - video
-    pixel = (weight * (error.abs() + 2 * error**2)).mean()
+    pixel = (weight * (error.abs() + squares * error**2)).mean()
     edges = sum((weight.narrow(d, 1, error.shape[d] - 1) * error.diff(dim=d).abs()).mean() for d in (2, 3, 4))
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
     return pixel + 0.5 * edges + KL * kl, pixel.detach(), kl.detach()
 
 
-def muon_and_adamw(module, muon_lr, adamw_lr, hidden):
-    """Muon for the hidden weights (a convolution as the matrix of its filters), AdamW for everything else.
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (K. Jordan, 2024), each update as large as AdamW's would be
+    (arXiv 2502.16982). A convolution counts as the matrix of its filters.
 
-    hidden: name -> bool. torch's Muon takes matrices only, so it is given views that share the weights' memory. Returns
-    (optimizers, a function to call between backward and their steps).
+    As torch.optim.Muon, but in float32: that one orthogonalizes in bf16, with which a step of this base takes 13 seconds on a
+    processor that has no units for it.
     """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                nesterov = p.grad.lerp(mean, group["momentum"]).flatten(1)
+                shapes.setdefault(nesterov.shape, []).append((p, nesterov))
+            for (rows, columns), members in shapes.items():
+                x = torch.stack([update for _, update in members])
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+                for _ in range(5):  # Newton-Schulz: singular values go to about 1
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.mT if rows > columns else x
+                for (p, _), update in zip(members, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.view_as(p), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
+
+
+def muon_and_adamw(module, muon_lr, adamw_lr, hidden):
+    """Muon for the hidden weights, AdamW for everything else. hidden: name -> bool. Returns the two optimizers."""
     mats = [p for name, p in module.named_parameters() if p.dim() >= 2 and hidden(name)]
     rest = [p for name, p in module.named_parameters() if not (p.dim() >= 2 and hidden(name))]
-    views = [torch.nn.Parameter(p.data.flatten(1)) for p in mats]
-
-    def share_gradients():
-        for view, p in zip(views, mats):
-            view.grad = p.grad.flatten(1)
-
-    muon = torch.optim.Muon(views, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.01)], share_gradients
+    return [Muon(mats, muon_lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.01)]
 
 
 def set_lr(optimizers, factor):
@@ -507,12 +531,15 @@ def set_lr(optimizers, factor):
 
 VAE_STEPS, VAE_BATCH, VAE_LR, KL = 4000, 4, 1.5e-3, 3e-4
 WHOLE_FROM = 0.8  # the last fifth of the steps trains on whole clips, two chunks of the codec each
+# Then the decoder alone goes on, at a third of the rate, on whole clips, with less weight on the subject and more on large
+# errors: the latents, and a base that was trained on them, stay as they are.
+DECODER_STEPS = 1500
 
 
 def train_vae(work, model):
     torch.manual_seed(0)
     vae = new_vae()
-    optimizers, share_gradients = muon_and_adamw(
+    optimizers = muon_and_adamw(
         vae, 0.01, VAE_LR, lambda name: not any(s in name for s in ("conv_in", "conv_out", "conv_y", "conv_b"))
     )
     state_file, first = work / "vae.pt", 0
@@ -527,10 +554,11 @@ def train_vae(work, model):
     border = torch.ones(SIZE, SIZE)
     border[-8:] = border[:, -8:] = 1.5  # zero padding in the strided convolutions leaves these edges the weakest
     mixed = autocast()
-    bar = tqdm(range(first, VAE_STEPS), initial=first, total=VAE_STEPS, desc="vae")
+    total = VAE_STEPS + DECODER_STEPS
+    bar = tqdm(range(first, total), initial=first, total=total, desc="vae")
     for step in bar:
         g = torch.Generator().manual_seed(1_000_000 + step)
-        whole = step >= WHOLE_FROM * VAE_STEPS
+        whole, decoder_only = step >= WHOLE_FROM * VAE_STEPS, step >= VAE_STEPS
         index = torch.randint(len(clips["video"]), (VAE_BATCH // 2 if whole else VAE_BATCH,), generator=g)
         start = 0 if whole else int(torch.randint(FRAMES - 8, (), generator=g))
         frames = slice(start, FRAMES if whole else start + 9)
@@ -538,15 +566,19 @@ def train_vae(work, model):
         mask = F.max_pool2d(clips["mask"][index, frames].float(), 3, 1, 1)[:, None]  # one pixel around the subject too
         if torch.rand((), generator=g) < 0.5:
             video, mask = video.flip(-1), mask.flip(-1)
-        set_lr(optimizers, one_cycle(step, VAE_STEPS, hold=0.25))
+        if decoder_only:
+            set_lr(optimizers, one_cycle(step - VAE_STEPS, DECODER_STEPS) / 3)
+        else:
+            set_lr(optimizers, one_cycle(step, VAE_STEPS, hold=0.25))
+        vae.encoder.requires_grad_(not decoder_only)
         with mixed:
             posterior = vae.encode(video).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=g)
             out = vae.decode(posterior.mean + posterior.std * noise).sample
-        loss, pixel, kl = vae_loss(out.float(), video, border * (1 + 6 * mask), posterior)
+        subject, squares = (2, 20) if decoder_only else (6, 2)
+        loss, pixel, kl = vae_loss(out.float(), video, border * (1 + subject * mask), posterior, squares)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        share_gradients()
         for optimizer in optimizers:
             optimizer.step()
         vae.zero_grad()
@@ -555,7 +587,7 @@ def train_vae(work, model):
             bar.set_postfix(
                 loss=f"{loss:.4f}", pixel=f"{pixel:.4f}", kl=f"{kl:.2f}", psnr=f"{psnr:.1f}", grad=f"{norm:.2f}"
             )
-        if (step + 1) % 200 == 0 or step + 1 == VAE_STEPS:
+        if (step + 1) % 200 == 0 or step + 1 == total:
             state = {"vae": vae.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
             atomic_save(state, state_file)
     vae.eval()
@@ -641,7 +673,7 @@ def training_captions(scenes, seed):
     return out
 
 
-BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 6000, 3000, 32, 1.5e-3, 0.6
+BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 6500, 32, 1.5e-3, 0.6
 CAPTION_DROPOUT, EMA, SUBJECT_WEIGHT = 0.1, 0.999, 3.0
 
 
@@ -693,7 +725,9 @@ def train_base(work, model):
 
     modules = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     average = {name: p.detach().clone() for name, p in modules.named_parameters()}
-    optimizers, share_gradients = muon_and_adamw(modules, 5e-3, BASE_LR, lambda name: "transformer_blocks" in name)
+    # Not the modulation: a third of the blocks' weights, whose orthogonalization would take as long as a forward.
+    matrices = re.compile(r"transformer.transformer_blocks.\d+.(attn1|ff).*")
+    optimizers = muon_and_adamw(modules, 5e-3, BASE_LR, matrices.fullmatch)
     state_file, first = work / "base.pt", 0
     if state_file.exists():
         state = torch.load(state_file)
@@ -728,7 +762,6 @@ def train_base(work, model):
         loss = compiled(tokens, a * latents + b * noise, t, a * noise - b * latents, weight / weight.mean())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        share_gradients()
         for optimizer in optimizers:
             optimizer.step()
         modules.zero_grad()
