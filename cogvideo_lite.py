@@ -1,12 +1,14 @@
 """cogvideo_lite: fine-tune CogVideoX without ruining it, in one file.
 
     python cogvideo_lite.py --lora                                                   the bundled nano model, on any CPU
-    python cogvideo_lite.py --lora --model THUDM/CogVideoX-2b --data my_clips        the real one, on a 24 GB card
+    python cogvideo_lite.py --qlora --model THUDM/CogVideoX-5b --data my_clips       the real one, its base in 4 bits
+    python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
     python cogvideo_lite.py --sample "a spider named kumo moving left over water" --run runs/lora-...
+    python cogvideo_lite.py --merge runs/lora-...                                    adapter plus base as one transformer
 
-It reads top to bottom, in the order in which data flows: configuration, clips, cache, base model, diffusion, adapters,
-checkpoints, sampling, training, command line. The model classes are diffusers' own; so is the sampler. What is written
-here is what happens between a folder of clips and an adapter that stock diffusers loads.
+It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept and computed,
+cache, diffusion, adapters, optimizers, checkpoints, sampling, training, command line. The model classes are diffusers' own;
+so is the sampler. What is written here is what happens between a folder of clips and weights that stock diffusers loads.
 
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
 and width, L text tokens, D text width.
@@ -15,9 +17,11 @@ What it does not do (yet): image-to-video, LoRA on the text encoder, buckets of 
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import glob
 import hashlib
 import json
@@ -74,9 +78,24 @@ class Config:
     micro_batch_size: int = option("clips in memory at a time, per process [all of its share]")
     rank: int = option("LoRA rank", 32)
     alpha: float = option("LoRA alpha: the update is scaled by alpha / rank", 32.0)
-    optimizer: str = option("optimizer", "adamw", choices=["adamw"])
+    optimizer: str = option("optimizer", choices=["adamw", "adamw8bit", "adafactor", "lion8bit"])
     weight_decay: float = option("weight decay of the optimizer", 1e-4)
-    max_grad_norm: float = option("gradients are clipped to this global norm", 1.0)
+    max_grad_norm: float = option("gradients are clipped to this global norm (not with --fused-backward)", 1.0)
+    max_update_rms: float = option(
+        "with --fused-backward: each tensor's update is clipped to this root mean square, in units of the learning rate",
+        1.0,
+    )
+    trained_dtype: str = option(
+        "how --full keeps the weights; bfloat16 rounds each step stochastically, bfloat16-nearest is there to show why "
+        "[float32; bfloat16 if > 0.5 B parameters]",
+        choices=["float32", "bfloat16", "bfloat16-nearest"],
+    )
+    fused_backward: bool = option(
+        "step each weight as soon as backward has its gradient, then free the gradient "
+        "[--full of > 0.5 B parameters in one process]"
+    )
+    ema: float = option("decay of a running average of the trained weights, which is then what is kept [no average]")
+    ema_on_cpu: bool = option("keep that average in host memory", False)
     caption_dropout: float = option("share of samples trained on the empty prompt, as CogVideoX was", 0.1)
     seed: int = option("seed of every random draw", 0)
     frames: int = option("frames of a clip, 8k + 1 [the model's]")
@@ -92,19 +111,35 @@ class Config:
     gradient_checkpointing: bool = option(
         "recompute activations in backward: less memory, more time [if > 0.5 B parameters]"
     )
+    offload_activations: bool = option("keep activations that backward needs in host memory meanwhile", False)
+    quantize_text_encoder: str = option("hold T5 in few bits while it codes prompts", choices=["4bit", "8bit"])
     compile: bool = option("torch.compile the transformer before the first step", False)
     compute_dtype: str = option("arithmetic [chosen by a probe]", choices=["float32", "bfloat16", "float16"])
 
 
 # What is left out on the command line comes from here; `source` is printed with it.
+NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scale=4.0, checkpoint_every=200)
+LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
+NANO_LORA = dict(
+    NANO, lr=2e-3, optimizer="adamw",
+    source="1e-4..1e-3 of CogVideo#116, a few times higher since the model is a tenth as wide (arXiv 2406.08447)",
+)  # fmt: skip
+LARGE_LORA = dict(
+    LARGE, lr=1e-4, optimizer="adamw",
+    source="1e-4..1e-3 of CogVideo#116, from below; 1500-2000 steps for 50 clips in diffusers' CogVideoX example",
+)  # fmt: skip
 RECIPES = {
-    ("nano", "lora"): dict(
-        steps=400, lr=2e-3, warmup=20, batch_size=4, sampling_steps=20, guidance_scale=4.0, checkpoint_every=200,
-        source="1e-4..1e-3 of CogVideo#116, a few times higher since the model is a tenth as wide (arXiv 2406.08447)",
+    ("nano", "lora"): NANO_LORA,
+    ("nano", "qlora"): NANO_LORA,
+    ("nano", "full"): dict(
+        NANO, lr=1e-4, optimizer="adamw",
+        source="1e-5 of CogVideo#116 times ten, since the model is a tenth as wide (arXiv 2203.03466)",
     ),
-    ("large", "lora"): dict(
-        steps=1500, lr=1e-4, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250,
-        source="1e-4..1e-3 of CogVideo#116, from below; 1500-2000 steps for 50 clips in diffusers' CogVideoX example",
+    ("large", "lora"): LARGE_LORA,
+    ("large", "qlora"): LARGE_LORA,
+    ("large", "full"): dict(
+        LARGE, lr=1e-5, optimizer="adafactor",
+        source="1e-5 of CogVideo#116; factored states, since a 5B model's do not fit 24 GB otherwise",
     ),
 }  # fmt: skip
 
@@ -116,12 +151,18 @@ def check_numbers(config):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("lr", "alpha", "max_grad_norm"):
+    for name in ("lr", "alpha", "max_grad_norm", "max_update_rms"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
     if not 0 <= config.caption_dropout < 1:
         raise UserError(f"--caption-dropout {config.caption_dropout}: must be in [0, 1)")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise UserError(f"--ema {config.ema}: must lie between 0 and 1, such as 0.999")
+    if config.ema_on_cpu and config.ema is None:
+        raise UserError("--ema-on-cpu: needs --ema DECAY")
+    if config.trained_dtype and config.method != "full":
+        raise UserError("--trained-dtype: only for --full; adapters are always kept in float32")
     if config.frames is not None and (config.frames < 1 or config.frames % 8 != 1):
         raise UserError(f"--frames {config.frames}: must be 8k + 1, such as {max(9, config.frames // 8 * 8 + 1)}")
 
@@ -140,7 +181,12 @@ def resolve(config):
     native = {k: v for k, v in native.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **taken, **native)
     if taken:
-        why.append(("recipe", ", ".join(f"{k} {v:g}" for k, v in taken.items()) + f" ({source})"))
+        why.append(
+            (
+                "recipe",
+                ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items()) + f" ({source})",
+            )
+        )
     cell = base.spatial * base.patch
     for name in ("height", "width"):
         if getattr(config, name) % cell:
@@ -154,6 +200,30 @@ def resolve(config):
         )
     if config.gradient_checkpointing is None:
         config.gradient_checkpointing = base.large
+    if config.method == "full" and config.trained_dtype is None:
+        config.trained_dtype = "bfloat16" if base.large else "float32"
+        why.append(("weights", {
+            "float32": "float32, in which no step is too small to be kept",
+            "bfloat16": "bfloat16 with stochastic rounding: half the memory of float32, and small steps survive on average",
+        }[config.trained_dtype]))  # fmt: skip
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    accumulates = (config.micro_batch_size or config.batch_size) != config.batch_size
+    if config.fused_backward is None:
+        config.fused_backward = config.method == "full" and base.large and processes == 1 and not accumulates
+        if config.fused_backward:
+            why.append(
+                (
+                    "optimizer",
+                    "runs inside backward, so that gradients never live together; no clipping to a global norm",
+                )
+            )
+    if config.fused_backward and processes > 1:  # hooks would step before the gradients of all processes are averaged
+        raise UserError(
+            f"--fused-backward: in {processes} processes the weights would drift apart; use --no-fused-backward"
+        )
+    if config.fused_backward and accumulates:
+        raise UserError("--micro-batch-size: gradients cannot be summed up when --fused-backward frees them at once; "
+                        "use --no-fused-backward")  # fmt: skip
     return config, base, why
 
 
@@ -338,13 +408,16 @@ class Base:
         t = (frames - 1) // self.temporal + 1
         return t, -t % (self.patch_t or 1)
 
-    @property
-    def stored_dtype(self):
-        """Of the transformer's weights on disk, as safetensors spells it: F32, F16 or BF16."""
+    @functools.cached_property
+    def parameters(self):
+        """How many the transformer has, from the heads of its weight files."""
         from safetensors import safe_open
 
-        with safe_open(str(next((self.folder / "transformer").glob("*.safetensors"))), "pt") as file:
-            return file.get_slice(next(iter(file.keys()))).get_dtype()
+        shapes = []
+        for path in (self.folder / "transformer").glob("*.safetensors"):
+            with safe_open(str(path), "pt") as file:
+                shapes += [file.get_slice(name).get_shape() for name in file.keys()]
+        return sum(math.prod(shape) for shape in shapes)
 
     def load(self, part, dtype=None):
         """One part of the pipeline in its own class, frozen, in eval mode."""
@@ -398,6 +471,16 @@ def find_base(model):
     return Base(folder, transformer, vae)
 
 
+def dtype_on_disk(folder):
+    """Of a model's weights."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(str(next(folder.glob("*.safetensors"))), "pt") as file:
+        spelled = file.get_slice(next(iter(file.keys()))).get_dtype()
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[spelled]
+
+
 def choose_compute_dtype(device, base, wanted=None):
     """Arithmetic for a device, and the reason: (torch dtype, str).
 
@@ -411,7 +494,7 @@ def choose_compute_dtype(device, base, wanted=None):
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the card has bf16 units"
-        if base.stored_dtype == "F16":
+        if dtype_on_disk(base.folder / "transformer") == torch.float16:
             return torch.float16, "the model is stored in fp16 and the card has no bf16 units"
         return torch.float32, "the card has no bf16 units, and fp16 overflows in a model trained in bf16"
     if not base.large:
@@ -432,6 +515,128 @@ def choose_compute_dtype(device, base, wanted=None):
         chosen,
         f"a {base.width}-wide matrix product in bf16 takes {1 / ratio:.2g} times as long as in fp32 on this processor",
     )
+
+
+# ---------------------------------------------------------------------------------- how weights are kept, and computed
+# Two settings. A weight may be kept in 4 bits or in bf16 to save memory and be computed with in fp32, because the processor
+# has no bf16 units; or be kept in fp32, because it is trained, and be computed with in bf16. The arithmetic is that of the
+# activations, everywhere: no autocast, which would keep fp32 copies of every layer norm's input.
+
+QUANTIZED_TRANSFORMER = re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))")
+QUANTIZED_T5 = re.compile(r"encoder\.block\.\d+\..*\.(q|k|v|o|wi|wi_0|wi_1)")  # T5 reads the dtype of its own wo
+
+
+def load_quantized(base, part, dtype, device, bits=4):
+    """Transformer or T5 with its big matrices in few bits and the rest (adaLN, embeddings, norms, projections in and out) as
+    they are on disk, or in `dtype` if the model is small. Returns the module, frozen, in eval mode.
+
+    bits: 4 is NF4 with double quantization (arXiv 2305.14314), 8 is LLM.int8 (arXiv 2208.07339). Each matrix is quantized when
+    it is read, so that the whole model is never in memory in 16 bits. diffusers' own loader does the same, but on a GPU only.
+    """
+    import bitsandbytes as bnb
+    import diffusers
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+    from safetensors import safe_open
+
+    library, name = json.loads((base.folder / "model_index.json").read_text())[part]
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    folder, chosen = base.folder / part, QUANTIZED_T5 if part == "text_encoder" else QUANTIZED_TRANSFORMER
+    rest = dtype if part == "text_encoder" else frozen_dtype(base, dtype)  # T5's norms would change the arithmetic
+    with init_empty_weights(include_buffers=False):  # buffers are computed, not read
+        if library == "diffusers":
+            model = cls.from_config(cls.load_config(folder))
+        else:
+            model = cls(cls.config_class.from_pretrained(folder))
+
+    def quantized(weight, plain):
+        size = plain.in_features, plain.out_features
+        if bits == 8:
+            layer = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
+            layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(
+                device
+            )
+        else:
+            layer = bnb.nn.Linear4bit(*size, bias=False, compute_dtype=dtype, device="meta")
+            layer.weight = bnb.nn.Params4bit(weight.to(dtype), quant_type="nf4", module=layer).to(device)
+            layer.support_avx512bf16_for_cpu = False  # it repacks the weights in place at the first sample, for good
+        layer.bias = plain.bias
+        return layer
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), "pt") as opened:
+            for key in opened.keys():
+                owner, _, leaf = key.rpartition(".")
+                tensor = opened.get_tensor(key)
+                if leaf == "weight" and chosen.fullmatch(owner):
+                    model.set_submodule(owner, quantized(tensor, model.get_submodule(owner)))
+                else:
+                    set_module_tensor_to_device(model, key, device, value=tensor, dtype=rest)
+    if library == "transformers":
+        model.tie_weights()
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise UserError(f"model '{base.folder}': {len(absent)} weights are not in its files, {absent[0]} among them")
+    model.is_loaded_in_4bit = bits == 4  # peft makes its 4-bit layers only if told so
+    return model.requires_grad_(False).eval()
+
+
+def frozen_dtype(base, dtype):
+    """How weights that are not trained are kept: as they are computed with, but a large model's in no more bits than on disk."""
+    return dtype_on_disk(base.folder / "transformer") if base.large and dtype.itemsize > 2 else dtype
+
+
+def load_transformer(config, base, dtype, device):
+    """The base transformer as a method keeps it, frozen."""
+    import torch
+
+    if config.method == "qlora":
+        return load_quantized(base, "transformer", dtype, device)
+    kept = frozen_dtype(base, dtype)
+    if config.method == "full":
+        kept = torch.float32 if config.trained_dtype == "float32" else torch.bfloat16
+    return base.load("transformer", kept).to(device)
+
+
+def compute_in_dtype_of_input(model, dtype):
+    """Let every layer whose weights are not in `dtype` convert them when it needs them, forward and backward, and forget the
+    converted copy: the memory of one layer, not of the model. Gradients arrive in the dtype in which the weight is kept."""
+    import torch
+    import torch.nn.functional as F
+    from peft.tuners.lora import LoraLayer
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(x if weight.requires_grad else None, weight)
+            ctx.bias = bias is not None and bias.requires_grad, None if bias is None else bias.dtype
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            dx = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+            rows = grad.flatten(0, -2)
+            dw = (rows.T @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            return dx, dw, rows.sum(0).to(ctx.bias[1]) if ctx.bias[0] else None
+
+    def converted(p, x):
+        return None if p is None else p.to(x.dtype)
+
+    forwards = {
+        torch.nn.Linear: lambda m, x: Linear.apply(x, m.weight, m.bias),
+        torch.nn.LayerNorm: lambda m, x: F.layer_norm(
+            x, m.normalized_shape, converted(m.weight, x), converted(m.bias, x), m.eps
+        ),
+        torch.nn.Conv2d: lambda m, x: m._conv_forward(x, converted(m.weight, x), converted(m.bias, x)),
+    }
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # peft would keep a float32 copy of every input instead
+        if type(module) in forwards and any(p.dtype != dtype for p in module.parameters(recurse=False)):
+            module.forward = functools.partial(forwards[type(module)], module)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -537,7 +742,10 @@ def cache_clips(config, device=None):
     train, heldout, _ = split_clips(config)
     folder = cache_folder(config)
     settings = digest(base.fingerprint("vae"), config.frames, config.height, config.width, config.fps, dtype)
-    text_settings = digest(base.fingerprint("text_encoder"), base.fingerprint("tokenizer"), base.text_length, dtype)
+    bits = int(config.quantize_text_encoder[0]) if config.quantize_text_encoder else 16
+    text_settings = digest(
+        base.fingerprint("text_encoder"), base.fingerprint("tokenizer"), base.text_length, dtype, bits
+    )
 
     def clip_file(clip):
         content = hashlib.sha256(clip.path.read_bytes()).hexdigest()
@@ -556,7 +764,7 @@ def cache_clips(config, device=None):
     prompts = {p: prompt_file(p) for p in ["", *(c.caption for c in files), *validation_prompts(config, heldout)]}
     missing = {p: file for p, file in prompts.items() if not is_cached(file, "prompt_embeds")}
     if missing:
-        for file, embeds in zip(missing.values(), encode_prompts(base, list(missing), device, dtype)):
+        for file, embeds in zip(missing.values(), encode_prompts(base, list(missing), device, dtype, bits)):
             save_tensor(file, "prompt_embeds", embeds)
     pairs = {clip: (file, prompts[clip.caption]) for clip, file in files.items()}
     return Cache(
@@ -602,12 +810,16 @@ def encode_clips(base, missing, settings, device, dtype):
         raise UserError(f"{bad[0]}{more}; {len(missing) - len(bad)} others were fine and are kept in the cache")
 
 
-def encode_prompts(base, prompts, device, dtype):
+def encode_prompts(base, prompts, device, dtype, bits=16):
     """T5's embeddings of prompts, padded as the model was trained: a list of (L, D)."""
     import torch
     from diffusers import CogVideoXPipeline
 
-    pipe = CogVideoXPipeline(base.load("tokenizer"), base.load("text_encoder", dtype).to(device), None, None, None)
+    if bits < 16:
+        text_encoder = load_quantized(base, "text_encoder", dtype, device, bits)
+    else:
+        text_encoder = base.load("text_encoder", dtype).to(device)
+    pipe = CogVideoXPipeline(base.load("tokenizer"), text_encoder, None, None, None)
     with torch.no_grad():
         embed = lambda p: pipe.encode_prompt(p, None, False, max_sequence_length=base.text_length, device=device)[0][0]  # noqa: E731
         return [embed(prompt).cpu() for prompt in prompts]
@@ -616,13 +828,13 @@ def encode_prompts(base, prompts, device, dtype):
 # ----------------------------------------------------------------------------------------------------------- diffusion
 
 
-def keyed_generator(seed, purpose, step=0, sample=0):
+def keyed_generator(seed, purpose, step=0, sample=0, device="cpu"):
     """A generator for one draw, made from what the draw is for. Randomness then has no state to save: a resumed run, and one
     cut into smaller batches or over more processes, draws the same numbers."""
     import torch
 
     key = hashlib.blake2b(f"{seed}/{purpose}/{step}/{sample}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def draw_latents(moments, scaling_factor, generator, patch_t=None):
@@ -772,30 +984,202 @@ def load_lora(transformer, folder):
         raise UserError(f"checkpoint '{folder}': its adapter does not fit this run; start anew without --resume")
 
 
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+
+def new_optimizer(config, parameter):
+    """A kept library's optimizer of one tensor. Rates mean the same for all but Lion, whose every step is a full one."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers.optimization import Adafactor
+
+    shared = dict(lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([parameter], betas=(0.9, 0.95), foreach=False, **shared)
+    if config.optimizer == "adamw8bit":
+        return bnb.optim.AdamW8bit([parameter], betas=(0.9, 0.95), **shared)
+    if config.optimizer == "lion8bit":
+        return bnb.optim.Lion8bit([parameter], betas=(0.9, 0.99), **shared)
+    # Row and column sums in place of second moments, no first moments. torch's own Adafactor would multiply the rate by
+    # the size of the weights, and could not be told not to.
+    return Adafactor([parameter], scale_parameter=False, relative_step=False, **shared)
+
+
+def round_stochastically(x, generator):
+    """float32 to bfloat16, up or down with probabilities that make the mean exact: a step a tenth as large as the gap between
+    two bfloat16 numbers is taken one time in ten. Rounding to nearest drops it every time."""
+    import torch
+
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits = (x.contiguous().view(torch.int32) + noise) & -(2**16)  # bfloat16 is the upper half of float32
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()
+
+
+class Updates:
+    """Steps the trained weights, one tensor at a time, each with an optimizer of its own.
+
+    Where weights are kept in bf16, the optimizer is shown a float32 copy of the one tensor that it is stepping, and what comes
+    out is rounded. With --fused-backward that happens as soon as backward has the tensor's gradient, which is then freed, so
+    that gradients never live together. The price: no clipping to a global norm (each tensor's update is clipped instead, as in
+    arXiv 1804.04235) and no summing up of gradients. Otherwise, `step` does it for all.
+    """
+
+    def __init__(self, config, parameters):
+        import torch
+
+        self.config, self.parameters, self.lr, self.step_number = config, parameters, config.lr, 0
+        self.param_groups = [{"params": parameters}]  # what torch's GradScaler looks for
+        self.shown = [
+            p if p.dtype == torch.float32 else torch.nn.Parameter(torch.empty(0, device=p.device)) for p in parameters
+        ]
+        self.optimizers = [new_optimizer(config, p) for p in self.shown]
+        # Of a step: squares of change, weights and gradients, and the number of weights whose bits changed.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=parameters[0].device)
+        self.under_way = False  # some tensors have been stepped, others have not
+        if config.fused_backward:
+            for i, p in enumerate(parameters):
+                p.register_post_accumulate_grad_hook(lambda _, i=i: self.update(i))
+
+    def update(self, i):
+        """One optimizer step of tensor i, which frees its gradient."""
+        import torch
+
+        with torch.no_grad():
+            self.under_way = True
+            p, shown, optimizer = self.parameters[i], self.shown[i], self.optimizers[i]
+            old, gradients = p.detach().clone(), p.grad.float().square().sum()
+            if shown is not p:
+                shown.data, shown.grad = p.float(), p.grad.float()
+            optimizer.param_groups[0]["lr"] = self.lr
+            optimizer.step()
+            if self.config.fused_backward:
+                change = shown - old.float()
+                excess = change.square().mean().sqrt() / (self.lr * self.config.max_update_rms)
+                shown.copy_(torch.where(excess > 1, old.float() + change / excess, shown))
+            if shown is not p:
+                if self.config.trained_dtype == "bfloat16":
+                    draw = keyed_generator(self.config.seed, "rounding", self.step_number, i, p.device)
+                    p.copy_(round_stochastically(shown.data, draw))
+                else:
+                    p.copy_(shown.data)
+                shown.grad, shown.data = None, torch.empty(0, device=p.device)
+            p.grad = None
+            change = (p.float() - old.float()).square().sum()
+            self.sums += torch.stack([change, old.float().square().sum(), gradients, (p != old).sum()])
+
+    def step(self):
+        if not self.config.fused_backward:
+            for i in range(len(self.parameters)):
+                self.update(i)
+        self.step_number += 1
+        self.under_way = False
+
+    def measured(self):
+        """Of the step just made: norm of the gradients, norm of the change over norm of the weights, and the share of weights
+        whose stored bits changed (in bf16, small steps are rounded away, and nobody is told)."""
+        change, weights, gradients, changed = self.sums.tolist()
+        self.sums.zero_()
+        return {
+            "grad_norm": gradients**0.5,
+            "update_ratio": (change / max(weights, 1e-60)) ** 0.5,
+            "changed_share": changed / sum(p.numel() for p in self.parameters),
+        }
+
+    def state(self):
+        """(tensors by name, numbers by name)."""
+        import torch
+
+        states = {
+            f"{i}.{k}": v for i, o in enumerate(self.optimizers) for k, v in o.state.get(self.shown[i], {}).items()
+        }
+        tensors = {k: v.detach().contiguous() for k, v in states.items() if torch.is_tensor(v)}
+        return tensors, {k: v for k, v in states.items() if k not in tensors}
+
+    def load_state(self, step, tensors, numbers):
+        self.step_number = step
+        for name, value in {**tensors, **numbers}.items():
+            i, key = name.split(".", 1)
+            shown = self.shown[int(i)]
+            if name in tensors and value.dim():  # counters stay on the CPU
+                value = value.to(shown.device)
+            self.optimizers[int(i)].state[shown][key] = value
+
+
+class Average:
+    """Exponential moving average of weights, in float32: in bf16 a share of 0.001 of a change would be rounded away."""
+
+    def __init__(self, parameters, decay, device=None):
+        import torch
+
+        self.parameters, self.decay = parameters, decay
+        self.tensors = [p.detach().to(device or p.device, torch.float32, copy=True) for p in parameters]
+
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # as diffusers' EMAModel: a short memory at first
+        for average, p in zip(self.tensors, self.parameters):
+            average.lerp_(p.detach().to(average), 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The average stands where the weights are, for a while."""
+        import torch
+
+        with torch.no_grad():
+            weights = [p.detach().clone() for p in self.parameters]
+            for p, average in zip(self.parameters, self.tensors):
+                p.copy_(average)
+            try:
+                yield
+            finally:
+                for p, weight in zip(self.parameters, weights):
+                    p.copy_(weight)
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, step, transformer, optimizer, scaler, limit):
+def save_trained(transformer, method, folder):
+    """What a run gives: adapter weights, or the whole transformer as a diffusers folder."""
+    if method != "full":
+        return save_lora(transformer, folder)
+    partial = folder / "transformer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    transformer.save_pretrained(partial)
+    shutil.rmtree(folder / "transformer", ignore_errors=True)
+    os.replace(partial, folder / "transformer")
+
+
+def load_trained(transformer, method, folder):
+    """Put what save_trained wrote back into a transformer that is ready for it."""
+    from safetensors.torch import load_file
+
+    if method != "full":
+        return load_lora(transformer, folder)
+    weights = dict(transformer.named_parameters())
+    for file in (folder / "transformer").glob("*.safetensors"):
+        for name, tensor in load_file(str(file)).items():
+            weights[name].data.copy_(tensor)
+
+
+def save_checkpoint(folder, step, config, transformer, updates, average, scaler):
     """Write checkpoint-STEP whole or not at all, then remove the oldest past the limit. Nothing is pickled."""
-    import torch
     from safetensors.torch import save_file
 
     final = folder / f"checkpoint-{step}"
     partial = folder / f"checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_lora(transformer, partial)
-    state = optimizer.state_dict()
-    tensors = {
-        f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items() if torch.is_tensor(v)
-    }
+    save_trained(transformer, config.method, partial)
+    tensors, numbers = updates.state()
     save_file(tensors, str(partial / "optimizer.safetensors"))
+    if average:
+        save_file({str(i): a for i, a in enumerate(average.tensors)}, str(partial / "average.safetensors"))
     # Data order and random draws follow from the seed and the step (keyed_generator), so the step is all there is to keep.
-    kept = {"step": step, "param_groups": state["param_groups"], "scaler": scaler.state_dict() if scaler else None}
+    kept = {"step": step, "optimizer": numbers, "scaler": scaler.state_dict()}
     (partial / "state.json").write_text(json.dumps(kept, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in checkpoints(folder)[:-limit]:
+    for old in checkpoints(folder)[: -config.checkpoints_limit]:
         shutil.rmtree(old)
 
 
@@ -805,19 +1189,17 @@ def checkpoints(folder):
     return sorted((p for p in found if (p / "state.json").exists()), key=lambda p: int(p.name.split("-")[1]))
 
 
-def load_checkpoint(folder, transformer, optimizer, scaler):
-    """Put a checkpoint's weights and optimizer state back. Returns its step."""
+def load_checkpoint(folder, config, transformer, updates, average, scaler):
+    """Put a checkpoint's weights, optimizer state and average back. Returns its step."""
     from safetensors.torch import load_file
 
-    load_lora(transformer, folder)
+    load_trained(transformer, config.method, folder)
     saved = json.loads((folder / "state.json").read_text())
-    state = {}
-    for name, tensor in load_file(str(folder / "optimizer.safetensors")).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    if scaler:
-        scaler.load_state_dict(saved["scaler"])
+    updates.load_state(saved["step"], load_file(str(folder / "optimizer.safetensors")), saved["optimizer"])
+    if average:
+        for i, tensor in load_file(str(folder / "average.safetensors")).items():
+            average.tensors[int(i)].copy_(tensor)
+    scaler.load_state_dict(saved["scaler"])
     return saved["step"]
 
 
@@ -853,26 +1235,80 @@ def sample(run_or_model, prompts, seed=0, **changes):
     is_run = (run / "config.json").exists() and not (run / "model_index.json").exists()
     config = load_config(run / "config.json") if is_run else Config(model=str(run_or_model))
     config, base, _ = resolve(dataclasses.replace(config, resume=False, **changes))
-    if is_run and not (run / "pytorch_lora_weights.safetensors").exists():
-        raise UserError(
-            f"run '{run}': not finished, no pytorch_lora_weights.safetensors; finish it with --resume --out {run}"
-        )
+    if is_run and not (run / "summary.json").exists():
+        raise UserError(f"run '{run}': not finished; finish it with --{config.method} --resume --out {run}")
     quiet_libraries()
     import torch
-    from diffusers import CogVideoXPipeline
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_compute_dtype(device, base, changes.get("compute_dtype"))  # the run may come from another machine
-    *embeds, empty = encode_prompts(base, [*prompts, ""], device, dtype)
-    pipe = CogVideoXPipeline(
-        None, None, base.load("vae", dtype), base.load("transformer", dtype), base.load("scheduler")
-    )
-    if is_run:
-        pipe.load_lora_weights(str(run))
-    pipe.to(device).set_progress_bar_config(desc="sampling", leave=False)
+    bits = int(config.quantize_text_encoder[0]) if config.quantize_text_encoder else 16
+    *embeds, empty = encode_prompts(base, [*prompts, ""], device, dtype, bits)
+    if is_run and config.method == "full":
+        kept = frozen_dtype(base, dtype)
+        transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", dtype=kept).to(device)
+    else:
+        transformer = load_transformer(config, base, dtype, device)
+    if is_run and config.method != "full":
+        add_lora(transformer, config.rank, config.alpha, config.seed)
+        load_lora(transformer, run)
+    compute_in_dtype_of_input(transformer.requires_grad_(False), dtype)
+    vae = base.load("vae", dtype).to(device)
     if base.large:
-        pipe.vae.enable_tiling()
+        vae.enable_tiling()
+    pipe = CogVideoXPipeline(None, None, vae, transformer.eval(), base.load("scheduler"))
+    pipe.set_progress_bar_config(desc="sampling", leave=False)
     return generate(pipe, base, torch.stack(embeds).to(device), empty.to(device), config, seed)
+
+
+def merge(run, out=None):
+    """Add a run's adapter to the weights of its base and write the sum as `out`/transformer [RUN/merged], which stock diffusers
+    loads. Returns what was rounded, as a dict:
+
+    rounding: norm of what the dtype of the base cannot hold, over the norm of the adapter's change; unchanged_share: adapted
+    weights that are the same bits as before; nf4_error (QLoRA): norm of what NF4 had changed in the base that the adapter was
+    trained on, over the norm of the adapter's change. Raises UserError.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    run = Path(run).expanduser()
+    if not (run / "pytorch_lora_weights.safetensors").exists():
+        raise UserError(
+            f"run '{run}': no pytorch_lora_weights.safetensors; only finished --lora and --qlora runs can be merged"
+        )
+    config = load_config(run / "config.json")
+    quiet_libraries()
+    base = find_base(config.model)
+    transformer = base.load("transformer", dtype_on_disk(base.folder / "transformer"))
+    quantized = load_quantized(base, "transformer", torch.float32, "cpu") if config.method == "qlora" else None
+    add_lora(transformer, config.rank, config.alpha, config.seed)
+    load_lora(transformer, run)
+    change = rounding = nf4 = 0.0
+    unchanged = adapted = 0
+    with torch.no_grad():
+        for name, layer in transformer.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+            old, exact = weight.clone(), weight.float() + delta
+            if quantized:
+                from bitsandbytes.functional import dequantize_4bit
+
+                coarse = quantized.get_submodule(name).weight
+                nf4 += float((dequantize_4bit(coarse.data, coarse.quant_state) - old.float()).square().sum())
+            weight.copy_(exact)
+            change += float(delta.square().sum())
+            rounding += float((weight.float() - exact).square().sum())
+            unchanged, adapted = unchanged + int((weight == old).sum()), adapted + weight.numel()
+    transformer.unload_lora()
+    out = Path(out).expanduser() if out else run / "merged"
+    out.mkdir(parents=True, exist_ok=True)
+    save_trained(transformer, "full", out)
+    told = {"dtype": str(weight.dtype).removeprefix("torch."), "rounding": (rounding / change) ** 0.5}
+    told |= {"unchanged_share": unchanged / adapted}
+    return told | ({"nf4_error": (nf4 / change) ** 0.5} if quantized else {})
 
 
 def contact_sheet(rows, labels, columns=6, least_px=96):
@@ -943,8 +1379,128 @@ class Run:
     metrics: list
 
 
+class Trainer:
+    """The model, its optimizer and its samples, as `train` puts them together; one method for each thing done with them."""
+
+    def __init__(self, config, base, cache, accelerator):
+        import torch
+
+        self.config, self.base, self.cache, self.accelerator = config, base, cache, accelerator
+        self.device, self.dtype = accelerator.device, getattr(torch, config.compute_dtype)
+        self.scheduler = base.load("scheduler")
+        self.alpha_bar = self.scheduler.alphas_cumprod.double()
+        self.samples = Samples(config, base, cache, self.scheduler.config.num_train_timesteps)
+        self.transformer = load_transformer(config, base, self.dtype, self.device)
+        if config.method == "full":
+            self.parameters = list(self.transformer.requires_grad_(True).parameters())
+        else:
+            self.parameters = add_lora(self.transformer, config.rank, config.alpha, config.seed)
+        compute_in_dtype_of_input(self.transformer, self.dtype)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.rotary = rotary_embedding(base, self.transformer, config.frames, config.height, config.width, self.device)
+        self.model = accelerator.prepare(self.transformer)  # wrapped, where there are several processes
+        self.updates = Updates(config, self.parameters)
+        self.average = (
+            Average(self.parameters, config.ema, "cpu" if config.ema_on_cpu else None) if config.ema else None
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if config.compile:
+            self.transformer.compile()
+
+    def losses(self, samples):
+        """One velocity loss a sample: (B,)."""
+        batch = collate(samples, self.device)
+        return velocity_loss(self.model, batch, self.alpha_bar, self.rotary, self.dtype)
+
+    def step(self, step):
+        """One optimizer step on batch_size clips. Returns its metrics; raises RunError if the loss is not finite."""
+        import torch
+
+        config, accelerator = self.config, self.accelerator
+        tic = time.perf_counter()
+        self.updates.lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        # Each process takes every n-th sample of the step; each sample's draws follow from its number alone.
+        mine = range(step * config.batch_size, (step + 1) * config.batch_size)
+        mine = mine[accelerator.process_index :: accelerator.num_processes]
+        micro, loss = config.micro_batch_size or len(mine), torch.zeros((), device=self.device)
+        for k in range(0, len(mine), micro):
+            samples = [self.samples.training(n) for n in mine[k : k + micro]]
+            kept = contextlib.nullcontext()
+            if config.offload_activations:
+                kept = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+            with kept:
+                part = self.losses(samples).sum() / len(mine)
+            loss += part.detach()
+            if config.fused_backward:  # backward is the step
+                self.refuse_if_not_finite(float(loss), step)
+            accelerator.backward(self.scaler.scale(part))
+        loss = float(accelerator.reduce(loss, "mean"))
+        self.refuse_if_not_finite(loss, step)
+        measured = {}
+        if not config.fused_backward:
+            self.scaler.unscale_(self.updates)
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters]  # not in bf16
+            norm = torch.stack(norms).norm()
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, norm)
+            measured = {"grad_norm": float(norm)}
+        self.scaler.step(self.updates)
+        self.scaler.update()
+        for p in self.parameters:  # those of a step that the scaler left out
+            p.grad = None
+        if self.average:
+            self.average.update(step)
+        metrics = {"step": step + 1, "loss": loss, "lr": self.updates.lr, **self.updates.measured(), **measured}
+        return {**metrics, "step_s": time.perf_counter() - tic}
+
+    def refuse_if_not_finite(self, loss, step):
+        if not math.isfinite(loss):
+            raise RunError(f"step {step + 1}: the loss is {loss}; lower --lr (now {self.config.lr:g})")
+
+    def judged(self):
+        """A context in which the weights are those that the run would give: the average, if there is one."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
+    def heldout_loss(self):
+        """Mean over held-out clips at fixed timesteps and under fixed noise: comparable between steps, runs and seeds."""
+        import torch
+
+        self.transformer.eval()
+        jobs = [(i, t) for i in range(min(HELDOUT_CLIPS, len(self.cache.heldout))) for t in HELDOUT_TIMESTEPS]
+        at_once, losses = 1 if self.base.large else 16, []
+        with torch.no_grad(), self.judged():
+            for k in range(0, len(jobs), at_once):
+                losses.append(self.losses([self.samples.heldout(*job) for job in jobs[k : k + at_once]]))
+        self.transformer.train()
+        return float(torch.cat(losses).mean())
+
+    def draw_samples(self, folder, when):
+        """The validation prompts from the weights as they are, one seed each, always the same."""
+        import torch
+        from diffusers import CogVideoXPipeline
+
+        self.transformer.eval()
+        vae = self.base.load("vae", self.dtype).to(self.device)
+        pipe = CogVideoXPipeline(None, None, vae, self.transformer, self.scheduler)
+        pipe.set_progress_bar_config(desc=f"sampling {when}", leave=False)
+        if self.base.large:
+            vae.enable_tiling()
+        embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in self.cache.prompts.values()])
+        embeds, empty = (e.to(self.device, self.dtype) for e in (embeds, self.samples.empty))
+        with self.judged():
+            clips = generate(pipe, self.base, embeds, empty, self.config, seed=0)
+        save_samples(folder / "samples", when, clips, list(self.cache.prompts), self.config.fps)
+        self.transformer.train()
+
+    def save_checkpoint(self, folder, step):
+        save_checkpoint(folder, step, self.config, self.transformer, self.updates, self.average, self.scaler)
+
+    def load_checkpoint(self, folder):
+        return load_checkpoint(folder, self.config, self.transformer, self.updates, self.average, self.scaler)
+
+
 def train(config, callbacks=()):
-    """Fine-tune, from clips on disk to an adapter on disk. Returns Run. Raises UserError or RunError.
+    """Fine-tune, from clips on disk to an adapter or a transformer on disk. Returns Run. Raises UserError or RunError.
 
     Each callback is called with the metrics of every step (a dict, see README.md), after they were written.
     """
@@ -958,150 +1514,80 @@ def train(config, callbacks=()):
     quiet_libraries()
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from diffusers import CogVideoXPipeline
     from tqdm import tqdm
 
-    cpu = not torch.cuda.is_available()
-    device = torch.device("cpu" if cpu else "cuda")
-    dtype, reason = choose_compute_dtype(device, base, config.compute_dtype)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=not torch.cuda.is_available()
+    )  # compute_in_dtype_of_input does it
+    dtype, reason = choose_compute_dtype(accelerator.device, base, config.compute_dtype)
     config.compute_dtype = str(dtype).removeprefix("torch.")
     why.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
-    AcceleratorState._reset_state()  # runs of one process, such as a notebook's, may differ in their arithmetic
-    accelerator = Accelerator(
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.compute_dtype], cpu=cpu
-    )
-    device, processes, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    share = config.batch_size // processes
-    if config.batch_size % processes:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes")
-
-    with accelerator.main_process_first():
-        cache = cache_clips(config, device)
-    # The base is kept in the dtype of the arithmetic; adapters are float32.
-    scheduler, transformer = base.load("scheduler"), base.load("transformer", dtype)
-    samples_of = Samples(config, base, cache, scheduler.config.num_train_timesteps)
-    alpha_bar = scheduler.alphas_cumprod.double()
-    total = sum(p.numel() for p in transformer.parameters())
-    parameters = add_lora(transformer, config.rank, config.alpha, config.seed)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    newest = checkpoints(folder)[-1:] if config.resume else []
-    if config.resume and main:
-        print(
-            f"resume: {newest[0]}"
-            if newest
-            else f"resume: no complete checkpoint in {folder}, starting from the beginning"
+    main = accelerator.is_main_process
+    if config.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {config.batch_size}: must be a multiple of the {accelerator.num_processes} processes"
         )
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    first = load_checkpoint(newest[0], transformer, optimizer, accelerator.scaler) if newest else 0
-    if first > config.steps:
-        raise UserError(f"--steps {config.steps}: the checkpoint {newest[0].name} is past that already")
-    if config.compile:
-        transformer.compile()
-    rotary = rotary_embedding(base, transformer, config.frames, config.height, config.width, device)
+    if config.fused_backward and dtype == torch.float16:
+        raise UserError("--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward")
+    with accelerator.main_process_first():
+        cache = cache_clips(config, accelerator.device)
 
+    trainer = Trainer(config, base, cache, accelerator)
+    newest, first = checkpoints(folder)[-1:] if config.resume else [], 0
+    if newest:
+        first = trainer.load_checkpoint(newest[0])
+        if first > config.steps:
+            raise UserError(f"--steps {config.steps}: the checkpoint {newest[0].name} is past that already")
     if main:
+        if config.resume:
+            none = f"no complete checkpoint in {folder}, starting from the beginning"
+            print(f"resume: {newest[0] if newest else none}")
         folder.mkdir(parents=True, exist_ok=True)
         # Without `resume`, so that --config repeats the run rather than goes on with one.
         write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, resume=False)))
         trim_metrics(folder / "metrics.jsonl", first)
-        banner(
-            config,
-            base,
-            folder,
-            total,
-            sum(p.numel() for p in parameters),
-            len(train_clips),
-            len(heldout_clips),
-            told,
-            why,
-        )
-
-    def heldout_loss():
-        """Mean over held-out clips at fixed timesteps and under fixed noise: comparable between steps, runs and seeds."""
-        transformer.eval()
-        jobs = [(i, t) for i in range(min(HELDOUT_CLIPS, len(cache.heldout))) for t in HELDOUT_TIMESTEPS]
-        at_once, losses = 1 if base.large else 16, []
-        with torch.no_grad(), accelerator.autocast():
-            for k in range(0, len(jobs), at_once):
-                batch = collate([samples_of.heldout(*job) for job in jobs[k : k + at_once]], device)
-                losses.append(velocity_loss(transformer, batch, alpha_bar, rotary, dtype))
-        transformer.train()
-        return float(torch.cat(losses).mean())
-
-    def draw_samples(when):
-        """The validation prompts from the weights as they are, one seed each, always the same."""
-        transformer.eval()
-        pipe = CogVideoXPipeline(None, None, base.load("vae", dtype).to(device), transformer, scheduler)
-        pipe.set_progress_bar_config(desc=f"sampling {when}", leave=False)
-        if base.large:
-            pipe.vae.enable_tiling()
-        embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in cache.prompts.values()]).to(device, dtype)
-        clips = generate(pipe, base, embeds, samples_of.empty.to(device, dtype), config, seed=0)
-        save_samples(folder / "samples", when, clips, list(cache.prompts), config.fps)
-        transformer.train()
-
+        data = f"{len(train_clips)} clips of {config.frames}x{config.height}x{config.width} at {config.fps} fps; {told}"
+        banner(trainer, data, why, folder)
     history = read_metrics(folder / "metrics.jsonl") if main else []
     if main and not all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts))):
-        draw_samples("before")
-    before = history[0]["heldout_before"] if history else heldout_loss()
+        trainer.draw_samples(folder, "before")
+    before = history[0]["heldout_before"] if history else trainer.heldout_loss()
+
     step = first
     bar = tqdm(total=config.steps, initial=first, desc="training", disable=not main)
     try:
         while step < config.steps:
-            tic = time.perf_counter()
-            lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            old = [p.detach().clone() for p in parameters]
-            positions = range(
-                step * config.batch_size + accelerator.process_index, (step + 1) * config.batch_size, processes
-            )
-            micro, loss = config.micro_batch_size or share, 0.0
-            for k in range(0, share, micro):
-                batch = collate([samples_of.training(n) for n in positions[k : k + micro]], device)
-                with accelerator.autocast():
-                    part = velocity_loss(model, batch, alpha_bar, rotary, dtype).sum() / share
-                accelerator.backward(part)
-                loss += float(part.detach())
-            norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
-            loss = float(accelerator.reduce(torch.tensor(loss, device=device), "mean"))
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"step {step + 1}: the loss is {loss}; lower --lr (now {config.lr:g}); earlier checkpoints are in {folder}"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+            try:
+                metrics = trainer.step(step)
+            except RunError as error:
+                raise RunError(f"{error}; earlier checkpoints are in {folder}")
             step += 1
-            metrics = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **weight_change(old, parameters)}
-            metrics["step_s"] = time.perf_counter() - tic
             if step == 1:
                 metrics["heldout_before"] = before
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                metrics["heldout_loss"] = heldout_loss()
+            pause = step % config.checkpoint_every == 0 or step == config.steps
+            if pause:
+                metrics["heldout_loss"] = trainer.heldout_loss()
             if main:
                 append_json(folder / "metrics.jsonl", metrics)
                 history.append(metrics)
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{loss:.3f}", update=f"{metrics['update_ratio']:.1e}", s=f"{metrics['step_s']:.2f}"
-                )
-                if step % config.checkpoint_every == 0 or step == config.steps:
-                    save_checkpoint(folder, step, transformer, optimizer, accelerator.scaler, config.checkpoints_limit)
+                shown = dict(loss=f"{metrics['loss']:.3f}", update=f"{metrics['update_ratio']:.1e}")
+                bar.set_postfix(**shown, s=f"{metrics['step_s']:.2f}")
+                if pause:
+                    trainer.save_checkpoint(folder, step)
                 for callback in callbacks:
                     callback(metrics)
     except KeyboardInterrupt:
-        if main and step > first:
-            save_checkpoint(folder, step, transformer, optimizer, accelerator.scaler, config.checkpoints_limit)
+        if main and step > first and not trainer.updates.under_way:
+            trainer.save_checkpoint(folder, step)
         raise RunError(f"stopped at step {step}; go on with --{config.method} --resume --out {folder}")
     finally:
         bar.close()
     if not main:
         return None
-    save_lora(transformer, folder)
-    draw_samples("after")
+    with trainer.judged():
+        save_trained(trainer.transformer, config.method, folder)
+    trainer.draw_samples(folder, "after")
     summary = {
         "steps": config.steps,
         "loss_first": mean([m["loss"] for m in history[: max(1, len(history) // 10)]]),
@@ -1115,18 +1601,6 @@ def train(config, callbacks=()):
     write_json(folder / "summary.json", summary)
     write_model_card(folder, config, base, summary, list(cache.prompts))
     return Run(folder, config, summary, history)
-
-
-def weight_change(old, parameters):
-    """How far a step moved the weights: its norm over theirs, and the share of weights whose stored bits changed (in bf16
-    small updates are rounded away, and nobody is told)."""
-    import torch
-
-    parameters = [p.detach() for p in parameters]
-    change = torch.stack(torch._foreach_norm(torch._foreach_sub(parameters, old))).norm()
-    norm = torch.stack(torch._foreach_norm(old)).norm().clamp_min(1e-30)
-    changed = sum(int((p != o).sum()) for p, o in zip(parameters, old)) / sum(p.numel() for p in old)
-    return {"update_ratio": float(change / norm), "changed_share": changed}
 
 
 def mean(values):
@@ -1186,12 +1660,22 @@ def trim_metrics(path, step):
     path.write_text("".join(json.dumps(m) + "\n" for m in kept))
 
 
-def banner(config, base, folder, total, trainable, train_count, heldout_count, told, why):
+def banner(trainer, data, why, folder):
+    """What is about to happen, and why so: one line for each thing that was decided."""
+    config, base = trainer.config, trainer.base
+    trained, total = sum(p.numel() for p in trainer.parameters), base.parameters
+    if config.method == "full":
+        method = f"full fine-tuning: all {trained / 1e6:,.2f} M parameters, kept in {config.trained_dtype}"
+    else:
+        kept = "LoRA on NF4" if config.method == "qlora" else "LoRA"
+        share = 100 * trained / (total + trained)
+        method = f"{kept}, rank {config.rank}, alpha {config.alpha:g}: {trained / 1e6:,.2f} M trainable ({share:.1f} %)"
+    checkpointing = "on" if config.gradient_checkpointing else "off"
     lines = [
         ("model", f"{config.model}: {total / 1e6:,.1f} M parameters, width {base.width}, {base.transformer['num_layers']} layers"),
-        ("method", f"LoRA, rank {config.rank}, alpha {config.alpha:g}: {trainable / 1e6:,.2f} M trainable ({100 * trainable / (total + trainable):.1f} %)"),
-        ("data", f"{train_count} clips of {config.frames}x{config.height}x{config.width} at {config.fps} fps; {told}"),
-        ("memory", f"{peak_memory_gib():.1f} GiB so far; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}"),
+        ("method", method),
+        ("data", data),
+        ("memory", f"{peak_memory_gib():.1f} GiB so far; gradient checkpointing {checkpointing}"),
         *why,
         ("run", str(folder)),
     ]  # fmt: skip
@@ -1205,41 +1689,53 @@ def write_model_card(folder, config, base, summary, prompts):
     hub_id = config.model if not resolve_path(config.model).exists() else None
     data = ModelCardData(
         base_model=hub_id, library_name="diffusers", pipeline_tag="text-to-video", license="other",
-        tags=["text-to-video", "cogvideox", "lora", "diffusers", "cogvideo_lite"],
+        tags=["text-to-video", "cogvideox", "diffusers", "cogvideo_lite"] + ["lora"] * (config.method != "full"),
         instance_prompt=prompts[0] if prompts else None,
     )  # fmt: skip
     call = f", max_sequence_length={base.text_length}" if base.text_length != 226 else ""
+    if config.method == "full":
+        what, rows = "Full fine-tuning", [("weights kept in", config.trained_dtype)]
+        load = f"""from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+transformer = CogVideoXTransformer3DModel.from_pretrained("transformer")  # in this folder
+pipe = CogVideoXPipeline.from_pretrained("{config.model}", transformer=transformer)"""
+    else:
+        what, rows = "LoRA", [("rank, alpha", f"{config.rank}, {config.alpha:g}")]
+        rows += [("base while training", "NF4 with double quantization")] * (config.method == "qlora")
+        load = f"""from diffusers import CogVideoXPipeline
+
+pipe = CogVideoXPipeline.from_pretrained("{config.model}")
+pipe.load_lora_weights(".")  # this folder; alpha is stored with the weights"""
+    rows += [
+        ("optimizer", config.optimizer),
+        ("learning rate, steps, batch", f"{config.lr:g}, {config.steps}, {config.batch_size}"),
+        ("held-out loss before, after", f"{summary['heldout_before']:.4f}, {summary['heldout_after']:.4f}"),
+        ("time, peak memory", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"),
+    ]
     (folder / "README.md").write_text(
         f"""---
 {data.to_yaml()}
 ---
 
-# LoRA of {Path(config.model).name} on {Path(config.data).name}
+# {what} of {Path(config.model).name} on {Path(config.data).name}
 
 ![before and after](samples/before_and_after.png)
 
-Left: the base model. Right: with this adapter, after {summary["steps"]} steps. Same prompts, same seeds:
+Left: the base model. Right: after {summary["steps"]} steps. Same prompts, same seeds:
 
 {chr(10).join(f"- {prompt}" for prompt in prompts)}
 
 ```python
-import torch
-from diffusers import CogVideoXPipeline
-
-pipe = CogVideoXPipeline.from_pretrained("{config.model}")
-pipe.load_lora_weights(".")  # this folder; alpha is stored with the weights
+{load}
 clip = pipe("{prompts[0]}", num_frames={config.frames}, height={config.height}, width={config.width},
             num_inference_steps={config.sampling_steps}, guidance_scale={config.guidance_scale:g}{call}).frames[0]
 ```
 
 | | |
 | --- | --- |
-| rank, alpha | {config.rank}, {config.alpha:g} |
-| learning rate, steps, batch | {config.lr:g}, {config.steps}, {config.batch_size} |
-| held-out loss before, after | {summary["heldout_before"]:.4f}, {summary["heldout_after"]:.4f} |
-| time, peak memory | {summary["seconds"]:.0f} s, {summary["peak_memory_gib"]:.1f} GiB |
+{chr(10).join(f"| {name} | {value} |" for name, value in rows)}
 
-Everything that decided this run is in `config.json`; `python cogvideo_lite.py --lora --config config.json` repeats it.
+Everything that decided this run is in `config.json`; `python cogvideo_lite.py --{config.method} --config config.json` repeats it.
 Made with cogvideo_lite.
 """
     )
@@ -1278,6 +1774,11 @@ def parser():
     action = out.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
     action.add_argument("--lora", action="store_const", const="lora", dest="method", help="train low-rank adapters")
     action.add_argument(
+        "--qlora", action="store_const", const="qlora", dest="method", help="the same on a base that is kept in 4 bits"
+    )
+    action.add_argument("--full", action="store_const", const="full", dest="method", help="train all weights")
+    action.add_argument("--merge", metavar="RUN", help="write the base with a run's adapter added to its weights")
+    action.add_argument(
         "--sample", nargs="+", metavar="PROMPT", help="generate clips, from --run or from --model alone"
     )
     out.add_argument("--run", help="folder of a finished run, for --sample")
@@ -1309,7 +1810,10 @@ def parser():
 def command_line(argv):
     """Do what the command line says. Returns nothing; raises UserError or RunError."""
     given = vars(parser().parse_args(argv))
-    prompts, run, file, method = (given.pop(name) for name in ("sample", "run", "config", "method"))
+    prompts, run, file, method, merged = (given.pop(name) for name in ("sample", "run", "config", "method", "merge"))
+    if merged:
+        merge_command(merged, given)
+        return
     if prompts:
         sample_command(prompts, run, given)
         return
@@ -1320,7 +1824,10 @@ def command_line(argv):
         if (folder / "config.json").exists():  # what is left out stays as it was
             file, given["out"] = folder / "config.json", str(folder)
             before = load_config(file)
-            for name in ("model", "rank", "alpha", "seed", "frames", "height", "width", "fps", "batch_size"):
+            if before.method != method:
+                raise UserError(f"--{method}: the run in {folder} was started with --{before.method}; start a new one")
+            fixed = "model rank alpha seed frames height width fps batch_size optimizer trained_dtype ema"
+            for name in fixed.split():
                 if name in given and given[name] != getattr(before, name):
                     raise UserError(
                         f"--{name.replace('_', '-')} {given[name]}: this run was started with {getattr(before, name)}; start a new one"
@@ -1337,6 +1844,22 @@ def command_line(argv):
     )
     print(f"see {result.folder / 'samples' / 'contact_sheet.png'}")
     print(f"results in {result.folder}")
+
+
+def merge_command(run, given):
+    if set(given) - {"out"}:
+        raise UserError(
+            f"--{sorted(set(given) - {'out'})[0].replace('_', '-')}: not for --merge, which takes --out only"
+        )
+    out = given.get("out") or Path(run) / "merged"
+    told = merge(run, out)
+    print(f"merged into {told['dtype']}: rounding takes {100 * told['rounding']:.2g} % of the adapter's change (norm), and leaves "
+          f"{100 * told['unchanged_share']:.2g} % of the adapted weights as they were")  # fmt: skip
+    if "nf4_error" in told:
+        print(
+            f"the adapter was trained on NF4 weights; those it stands on now differ from them by {told['nf4_error']:.2g} times its change"
+        )
+    print(f"transformer in {Path(out) / 'transformer'}")
 
 
 def sample_command(prompts, run, given):

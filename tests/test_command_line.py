@@ -95,6 +95,22 @@ def test_a_run_that_was_started_otherwise_is_not_resumed(quick, tmp_path, capsys
     assert "--rank 8: this run was started with 4" in capsys.readouterr().err
 
 
+def test_a_run_of_another_method_is_not_resumed(quick, tmp_path, capsys):
+    cl.train(quick())
+    assert cl.main(["--full", "--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "was started with --lora" in capsys.readouterr().err
+
+
+def test_only_a_finished_run_of_adapters_can_be_merged(quick, tmp_path, capsys):
+    assert cl.main(["--merge", str(tmp_path / "nowhere")]) == 2
+    run = cl.train(quick(method="full"))
+    assert cl.main(["--merge", str(run.folder)]) == 2
+    assert cl.main(["--merge", str(run.folder), "--rank", "4"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("only finished --lora and --qlora runs can be merged" in line for line in lines) == 2
+    assert any("--rank: not for --merge" in line for line in lines)
+
+
 def test_resume_takes_what_is_left_out_from_the_run(quick, tmp_path, capsys):
     cl.train(quick())
     assert cl.main(["--lora", "--resume", "--out", str(tmp_path / "run"), "--steps", "5"]) == 0

@@ -1,0 +1,314 @@
+"""Full fine-tuning: what bf16 keeps of small steps, the optimizer inside backward, averages, and what is written."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, NANO
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+
+import cogvideo_lite as cl
+
+OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "lion8bit"]
+
+
+def weights(run):
+    return load_file(str(run.folder / "transformer/diffusion_pytorch_model.safetensors"))
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------- rounding
+
+
+@pytest.mark.parametrize("x", [1.003, -0.0123456, 3e-5, 117.3])
+def test_stochastic_rounding_goes_to_either_neighbour_with_the_probability_that_keeps_the_mean(x):
+    """Closed form: up with probability (x - lower) / (upper - lower), so the count of ups is binomial."""
+    n, value = 100_000, torch.tensor(x, dtype=torch.float32)
+    rounded = cl.round_stochastically(value.expand(n), torch.Generator().manual_seed(0))
+    assert rounded.dtype == torch.bfloat16
+    nearest = value.bfloat16()
+    away = torch.nextafter(nearest, torch.tensor(math.inf if value > nearest else -math.inf, dtype=torch.bfloat16))
+    low, high = sorted([float(nearest), float(away)])
+    assert set(rounded.unique().tolist()) == {low, high}
+    p = (float(value) - low) / (high - low)
+    ups = int((rounded.float() == high).sum())
+    assert abs(ups - n * p) < 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_stochastic_rounding_leaves_what_bf16_can_hold_and_what_is_not_finite():
+    x = torch.randn(1000).bfloat16().float()
+    assert torch.equal(cl.round_stochastically(x, torch.Generator().manual_seed(0)).float(), x)
+    odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
+    torch.testing.assert_close(
+        cl.round_stochastically(odd, torch.Generator().manual_seed(0)).float(), odd, equal_nan=True
+    )
+
+
+def steps_of_one_weight_matrix(trained_dtype, lr, steps=200):
+    """A matrix of weights of the size at hand, pushed the same way by every gradient. Returns (mean movement, changed share)."""
+    config = cl.Config(
+        method="full", lr=lr, optimizer="adamw", weight_decay=0.0, trained_dtype=trained_dtype, fused_backward=False
+    )
+    w = torch.full((64, 64), 0.05)
+    p = torch.nn.Parameter(w if trained_dtype == "float32" else w.bfloat16())
+    start, updates, changed = float(p[0, 0].detach()), cl.Updates(config, [p]), []
+    for _ in range(steps):
+        p.grad = torch.full_like(p, -1.0)
+        updates.step()
+        changed.append(updates.measured()["changed_share"])
+    return float(p.detach().float().mean()) - start, sum(changed) / steps
+
+
+def test_a_low_rate_moves_bf16_weights_only_if_rounding_is_stochastic():
+    """At 0.05 two bf16 numbers are 2^-12 apart, and 1e-5 is rounded away. With the steps of Adam under one gradient, 200 of them
+    should go 200 x 1e-5 = 2e-3 far, and a stochastic one changes 1e-5 / 2^-12 = 4.1 % of the weights."""
+    exact, all_changed = steps_of_one_weight_matrix("float32", 1e-5)
+    assert exact == pytest.approx(2e-3, rel=1e-3)
+    assert all_changed == 1.0
+    nearest, none_changed = steps_of_one_weight_matrix("bfloat16-nearest", 1e-5)
+    assert nearest == 0 and none_changed == 0
+    stochastic, some_changed = steps_of_one_weight_matrix("bfloat16", 1e-5)
+    assert stochastic == pytest.approx(2e-3, rel=0.02)
+    assert some_changed == pytest.approx(1e-5 * 2**12, rel=0.02)
+
+
+def test_the_metrics_show_the_vanishing_update(quick):
+    share = {}
+    for dtype in ("float32", "bfloat16", "bfloat16-nearest"):
+        config = quick(method="full", lr=1e-6, trained_dtype=dtype)
+        share[dtype] = cl.train(dataclasses.replace(config, out=f"{config.out}-{dtype}")).metrics[-1]["changed_share"]
+    assert share["float32"] > 0.5 > share["bfloat16"] > share["bfloat16-nearest"]
+
+
+# ------------------------------------------------------------------------------------------- the optimizer in backward
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("trained_dtype", ["float32", "bfloat16"])
+def test_the_optimizer_inside_backward_does_what_the_ordinary_one_does(quick, optimizer, trained_dtype):
+    """Where neither clips, the two see the same gradients, states and draws."""
+    shared = dict(
+        method="full", optimizer=optimizer, trained_dtype=trained_dtype, max_grad_norm=1e9, max_update_rms=1e9, lr=1e-3
+    )
+    runs = []
+    for fused in (True, False):
+        config = quick(fused_backward=fused, **shared)
+        runs.append(cl.train(dataclasses.replace(config, out=f"{config.out}-{fused}")))
+    assert same_weights(*runs)
+    for a, b in zip(runs[0].metrics, runs[1].metrics):
+        assert a["loss"] == b["loss"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["update_ratio"] == b["update_ratio"] and a["changed_share"] == b["changed_share"]
+
+
+def test_gradients_never_live_together(quick, monkeypatch):
+    alive = []
+    original = cl.Updates.update
+
+    def count(self, i):
+        alive.append(sum(p.grad is not None for p in self.parameters))
+        original(self, i)
+
+    monkeypatch.setattr(cl.Updates, "update", count)
+    cl.train(quick(method="full", fused_backward=True, steps=2))
+    assert max(alive) == 1
+
+
+def test_each_tensors_update_is_clipped_to_the_rate_in_root_mean_square():
+    """Against the closed form: the first Adam step is the sign of the gradient times the rate, so a limit of a half halves it."""
+    for limit, moved in ((0.5, 0.5), (2.0, 1.0)):
+        config = cl.Config(method="full", lr=1e-2, optimizer="adamw", weight_decay=0.0, trained_dtype="float32",
+                           fused_backward=True, max_update_rms=limit)  # fmt: skip
+        p = torch.nn.Parameter(torch.zeros(8, 8))
+        updates = cl.Updates(config, [p])
+        (p * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+        updates.step()
+        assert p.detach().abs().mean() == pytest.approx(1e-2 * moved, rel=1e-4)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(fused_backward=True, batch_size=2, micro_batch_size=1), "gradients cannot be summed up"),
+    (dict(fused_backward=True, compute_dtype="float16"), "fp16 gradients must be unscaled"),
+    (dict(trained_dtype="bfloat16", method="lora"), "only for --full"),
+    (dict(ema=1.5), "between 0 and 1"),
+    (dict(ema_on_cpu=True), "needs --ema"),
+])  # fmt: skip
+def test_what_cannot_go_together_is_refused_with_its_reason(quick, fields, words):
+    with pytest.raises(cl.UserError, match=words):
+        cl.train(quick(**{"method": "full", **fields}))
+
+
+def test_several_processes_and_the_optimizer_inside_backward_are_refused(quick, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(cl.UserError, match="drift apart"):
+        cl.resolve(quick(method="full", fused_backward=True))
+    assert cl.resolve(quick(method="full"))[0].fused_backward is False
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_lowers_the_heldout_loss_of_the_nano(quick, nano_cache, optimizer):
+    lr = 5e-5 if optimizer == "lion8bit" else 2e-4  # each of Lion's steps is a full one
+    nano = dict(model=str(NANO), cache=nano_cache, method="full", optimizer=optimizer, lr=lr)
+    run = cl.train(quick(**nano, steps=30, checkpoint_every=30, warmup=5, caption_dropout=0.0))
+    assert run.summary["heldout_after"] < run.summary["heldout_before"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_full_run_is_bitwise_the_unbroken_one(quick, optimizer):
+    config = quick(method="full", optimizer=optimizer, trained_dtype="bfloat16", lr=1e-3, steps=6, ema=0.9)
+    whole = cl.train(dataclasses.replace(config, out=config.out + "-whole"))
+
+    def stop(metrics):
+        if metrics["step"] == 5:  # past the checkpoint of step 4
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cl.train(config, callbacks=[stop])
+    resumed = cl.train(dataclasses.replace(config, resume=True))
+    assert same_weights(whole, resumed)
+    assert [m["loss"] for m in whole.metrics] == [m["loss"] for m in resumed.metrics]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_diffusers_with_the_saved_transformer_gives_our_samples_pixel_for_pixel(quick, family):
+    run = cl.train(quick(family, method="full", lr=1e-3))
+    ours = cl.sample(run.folder, ["a red spider"], seed=7)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(run.folder / "transformer")
+    stock = CogVideoXPipeline.from_pretrained(run.config.model, transformer=transformer)
+    call = dict(prompt="a red spider", num_frames=9, height=32, width=32, num_inference_steps=2, guidance_scale=3.0,
+                max_sequence_length=12, output_type="pt")  # fmt: skip
+    got = stock(**call, generator=torch.Generator().manual_seed(7)).frames[0]
+    torch.testing.assert_close(ours[0], got.float(), atol=1e-5, rtol=0)
+    untuned = CogVideoXPipeline.from_pretrained(run.config.model)
+    before = untuned(**call, generator=torch.Generator().manual_seed(7)).frames[0]
+    assert (got - before).abs().max() > 1e-3
+
+
+def test_the_average_follows_its_recursion_and_is_what_the_run_gives(quick):
+    """Against the recursion written out, with the warm-up of diffusers' EMAModel, over the weights of every step."""
+    seen = []
+    trainers = []
+
+    class Remember(cl.Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            trainers.append(self)
+
+    original, cl.Trainer = cl.Trainer, Remember
+    try:
+        config = quick(method="full", lr=1e-3, ema=0.9, ema_on_cpu=True)
+        run = cl.train(config, callbacks=[lambda _: seen.append([p.detach().clone() for p in trainers[0].parameters])])
+    finally:
+        cl.Trainer = original
+    base = cl.find_base(config.model).load("transformer", torch.float32)
+    expected = [p.detach().double() for p in base.parameters()]
+    for step, now in enumerate(seen):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.double() for e, p in zip(expected, now)]
+    saved = weights(run)
+    names = [name for name, _ in base.named_parameters()]
+    for name, e, last in zip(names, expected, seen[-1]):
+        torch.testing.assert_close(saved[name].double(), e, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(saved[name], last) for name, last in zip(names, seen[-1]))
+
+
+def test_activations_kept_elsewhere_change_nothing_but_where_they_are(quick):
+    config = quick(method="full", lr=1e-3, gradient_checkpointing=True)
+    plain = cl.train(config)
+    moved = cl.train(dataclasses.replace(config, offload_activations=True, out=config.out + "-moved"))
+    assert same_weights(plain, moved)
+
+
+def test_the_default_for_a_large_model_is_bf16_with_stochastic_rounding_inside_backward_and_says_why(
+    quick, monkeypatch
+):
+    monkeypatch.setattr(cl.Base, "large", True)
+    config, _, why = cl.resolve(quick(method="full"))
+    assert config.trained_dtype == "bfloat16" and config.fused_backward and config.gradient_checkpointing
+    assert any("stochastic" in reason for _, reason in why) and any("inside backward" in reason for _, reason in why)
+
+
+def test_a_full_run_writes_a_transformer_and_a_card_that_says_how_to_load_it(quick):
+    run = cl.train(quick(method="full"))
+    card = (run.folder / "README.md").read_text()
+    assert 'CogVideoXTransformer3DModel.from_pretrained("transformer")' in card and "load_lora_weights" not in card
+    assert json.loads((run.folder / "config.json").read_text())["trained_dtype"] == "float32"
+    assert not (run.folder / "pytorch_lora_weights.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------- stored and computed
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_compute_in_the_dtype_of_their_input_and_get_gradients_in_their_own(tiny, family, stored, computed):
+    """Against the same model converted whole."""
+    base = cl.find_base(str(tiny(family)))
+    rotary = cl.rotary_embedding(base, base.load("transformer", torch.float32), 9, 32, 32, "cpu")
+    g = torch.Generator().manual_seed(0)
+    t = sum(base.latent_frames(9))
+    noisy, text = torch.randn(2, t, 4, 4, 4, generator=g), torch.randn(2, 12, 16, generator=g)
+
+    def gradients(dtype, patch):
+        model = base.load("transformer", stored).requires_grad_(True)
+        if dtype != stored:
+            model.to(dtype)  # 2B's table of positions too, which loading leaves in float64
+        if patch:
+            cl.compute_in_dtype_of_input(model, computed)
+        out = model(noisy.to(computed), text.to(computed), torch.tensor([10, 500]), image_rotary_emb=rotary).sample
+        assert out.dtype == computed
+        out.float().square().mean().backward()
+        assert all(p.grad.dtype == dtype for p in model.parameters())
+        return out.detach(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+    (got, grads), (truth, true_grads) = gradients(stored, True), gradients(computed, False)
+    torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-5)
+    assert (grads - true_grads).norm() < 0.02 * true_grads.norm()
+
+
+def test_a_large_model_keeps_its_16_bits_where_the_arithmetic_is_float32(tiny, monkeypatch):
+    base = cl.find_base(str(NANO))
+    assert cl.frozen_dtype(base, torch.float32) == torch.float32
+    monkeypatch.setattr(cl.Base, "large", True)
+    assert cl.frozen_dtype(base, torch.float32) == torch.float16
+    assert cl.frozen_dtype(base, torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_every_method_trains_in_either_arithmetic_on_any_machine(quick, method, computed):
+    run = cl.train(quick(method=method, compute_dtype=computed, lr=1e-3, steps=3, checkpoint_every=3))
+    assert run.config.compute_dtype == computed
+    assert all(math.isfinite(m["loss"]) for m in run.metrics)
+
+
+def test_adapters_in_float32_make_no_float32_copies_of_bf16_activations(tiny):
+    """What autograd keeps for backward, in a model whose adapters are float32 and whose arithmetic is bf16."""
+    base = cl.find_base(str(tiny("5b")))
+    model = base.load("transformer", torch.bfloat16)
+    cl.add_lora(model, 4, 4.0, 0)
+    cl.compute_in_dtype_of_input(model, torch.bfloat16)
+    rotary = cl.rotary_embedding(base, model, 9, 32, 32, "cpu")
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.dtype, tensor.numel()))
+        return tensor
+
+    tokens, width = 12 + 3 * 4, 32
+    noisy, text = torch.randn(2, 3, 4, 4, 4).bfloat16(), torch.randn(2, 12, 16).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(noisy, text, torch.tensor([10, 500]), image_rotary_emb=rotary).sample.float().square().mean().backward()
+    activations = [dtype for dtype, numel in kept if numel >= 2 * tokens * width]
+    assert torch.bfloat16 in activations and torch.float32 not in activations
