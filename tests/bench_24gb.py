@@ -1,0 +1,215 @@
+"""Do the real models train in the memory of a 24 GB card? Real training steps, at full size, on the CPU.
+
+    python tests/bench_24gb.py                       every row, largest size that ends in --minutes on this processor
+    python tests/bench_24gb.py 5b-qlora 2b-full      some rows
+    python tests/bench_24gb.py 5b-qlora --frames 49  at this length, however long it takes
+
+It builds CogVideoX-2b and -5b with random weights in shards on disk (needs 15 GB there), loads them as a run does (5B straight
+into NF4), and takes steps with `cogvideo_lite.Trainer` on random latents and embeddings of the right shapes. Each row is a
+process of its own. Peaks are the kernel's own account (VmHWM of /proc), reset after loading, so that loading and training
+are told apart; what is resident of a process without any model (libraries: about 0.6 GiB) is in them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cogvideo_lite as cl  # noqa: E402
+
+# As published in transformer/config.json and scheduler_config.json; what is not here is the constructor's default.
+ARCHITECTURES = {
+    "2b": dict(num_attention_heads=30, num_layers=30, use_rotary_positional_embeddings=False),
+    "5b": dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
+}
+PARAMETERS = {"2b": 1_693_783_872, "5b": 5_570_283_072}  # counted in the published models
+TARGETS_GIB = {"5b-qlora": 14, "2b-full": 14, "5b-full": 22}  # with bf16 arithmetic
+SIZES = [(f, 480, 720) for f in (49, 41, 33, 25, 17, 9)] + [(9, 240, 360), (9, 128, 192)]
+SHARD_BYTES = 2 * 2**30
+
+
+def build(folder, name):
+    """A pipeline folder with what training reads: configurations, and the transformer in random bf16 shards."""
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    with init_empty_weights():
+        transformer = CogVideoXTransformer3DModel(
+            **ARCHITECTURES[name],
+            sample_width=90,
+            sample_height=60,
+            sample_frames=49,
+            spatial_interpolation_scale=1.875,
+        )
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16,
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        )  # fmt: skip
+    assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS[name]
+    transformer.save_config(folder / "transformer")
+    vae.save_config(folder / "vae")
+    CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
+        snr_shift_scale=3.0 if name == "2b" else 1.0,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    parts = {"transformer": ["diffusers", "CogVideoXTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+             "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline", **parts}))
+
+    g, shard, size, files, index = torch.Generator().manual_seed(0), {}, 0, 0, {}
+
+    def write():
+        nonlocal shard, size, files
+        files += 1
+        file = f"diffusion_pytorch_model-{files:05d}.safetensors"
+        save_file(shard, str(folder / "transformer" / file), {"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard, size = {}, 0
+
+    for key, p in tqdm(list(transformer.state_dict().items()), desc=f"random weights of {name}"):
+        flat = torch.ones(p.shape) if key.endswith("weight") and p.dim() == 1 else torch.zeros(p.shape)
+        if p.dim() > 1:
+            flat = 0.02 * torch.randn(p.shape, generator=g)
+        shard[key] = flat.bfloat16()
+        size += 2 * p.numel()
+        if size > SHARD_BYTES:
+            write()
+    write()
+    total = {"metadata": {"total_size": 2 * PARAMETERS[name]}, "weight_map": index}
+    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(total))
+
+
+def cache_of_noise(folder, frames, height, width):
+    """Coded clips and prompts of the right shapes: the transformer's memory and time do not depend on what they show."""
+    import torch
+
+    t = (frames - 1) // 4 + 1
+    cl.save_tensor(folder / "clip.safetensors", "moments", torch.randn(32, t, height // 8, width // 8))
+    cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(226, 4096).bfloat16())
+    clip = (folder / "clip.safetensors", folder / "prompt.safetensors")
+    return cl.Cache([clip], [clip], clip[1], {})
+
+
+def kernel_gib(name):
+    """VmHWM (peak) or VmRSS of this process."""
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) / 2**20
+
+
+def flops(name, method, frames, height, width):
+    """Of one step on one clip, with checkpointing: multiplications and additions of matrix products and attention."""
+    heads, layers = (ARCHITECTURES[name][k] for k in ("num_attention_heads", "num_layers"))
+    width_, tokens = 64 * heads, 226 + ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+    linear, attention = 2 * 12 * width_**2 * tokens * layers, 4 * tokens**2 * width_ * layers
+    # Twice forward (once more for the checkpoints), gradients of the inputs, and with --full those of the weights too.
+    return linear * (4 if method == "full" else 3) + attention * 4
+
+
+def rate(dtype):
+    """Matrix products of this processor, in FLOP/s, measured for two seconds."""
+    import torch
+
+    a, b, n, start = torch.rand(2048, 2048).to(dtype), torch.rand(2048, 2048).to(dtype), 0, time.perf_counter()
+    while time.perf_counter() - start < 2 or n < 2:
+        a @ b
+        n += 1
+    return n * 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def row(name, method, folder, size, minutes, steps):
+    """One row of the table, as a dict."""
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    cl.quiet_libraries()
+    config, base, _ = cl.resolve(cl.Config(method=method, model=str(folder), warmup=1))
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    dtype, why = cl.choose_compute_dtype(accelerator.device, base)
+    speed = rate(dtype)
+    predicted = {s: flops(name, method, *s) / speed / 60 for s in SIZES}
+    if size is None:
+        size = next((s for s in SIZES if predicted[s] * steps < minutes), SIZES[-1])
+    frames, height, width = size
+    told = f"{predicted.get(size, flops(name, method, *size) / speed / 60):.0f} minutes a step predicted at {speed / 1e12:.2f} TFLOP/s"
+    full = f"; {predicted[SIZES[0]]:.0f} at 49x480x720" if size != SIZES[0] else ""
+    print(f"{name} {method} at {frames}x{height}x{width}, {dtype} ({why}): {told}{full}", file=sys.stderr)
+    config.frames, config.height, config.width, config.compute_dtype = *size, str(dtype).removeprefix("torch.")
+    start = time.perf_counter()
+    trainer = cl.Trainer(config, base, cache_of_noise(folder / "cache", *size), accelerator)
+    loading = kernel_gib("VmHWM"), time.perf_counter() - start
+    open("/proc/self/clear_refs", "w").write("5")  # sets the peak back to what is resident now
+    resident, losses, seconds = kernel_gib("VmRSS"), [], []
+    blocks = tqdm(total=steps * 2 * len(trainer.transformer.transformer_blocks), desc="blocks, forward twice")
+    for block in trainer.transformer.transformer_blocks:
+        block.register_forward_hook(lambda *_: blocks.update())
+    for step in range(steps):
+        metrics = trainer.step(step)
+        losses.append(metrics["loss"])
+        seconds.append(metrics["step_s"])
+    blocks.close()
+    return {
+        "model": name, "method": method, "size": f"{frames}x{height}x{width}", "arithmetic": config.compute_dtype,
+        "optimizer": config.optimizer, "loading_peak_gib": loading[0], "resident_gib": resident,
+        "training_peak_gib": kernel_gib("VmHWM"), "loading_s": loading[1], "step_s": min(seconds), "steps": steps,
+        "loss": losses[-1], "changed_share": metrics["changed_share"], "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=list(TARGETS_GIB), help=f"any of {', '.join(TARGETS_GIB)}")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=720)
+    parser.add_argument("--minutes", type=float, default=30, help="a row ends in about this time [30]")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "cogvideo_lite_24gb"))
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row, in its own process
+    args = parser.parse_args()
+    size = (args.frames, args.height, args.width) if args.frames else None
+    if args.one:
+        name, method = args.rows[0].split("-")
+        print(json.dumps(row(name, method, Path(args.folder) / name, size, args.minutes, args.steps)))
+        return
+    found = []
+    for what in args.rows:
+        folder = Path(args.folder) / what.split("-")[0]
+        if not (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").exists():
+            (folder / "transformer").mkdir(parents=True, exist_ok=True)
+            build(folder, folder.name)
+        command = [sys.executable, __file__, what, "--one", "--minutes", str(args.minutes), "--steps", str(args.steps)]
+        command += ["--folder", args.folder] + (
+            ["--frames", str(size[0]), "--height", str(size[1]), "--width", str(size[2])] if size else []
+        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if done.returncode:
+            print(
+                f"{what}: failed with status {done.returncode}"
+                + (" (killed: out of memory)" if done.returncode == -9 else "")
+            )
+            continue
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(found[-1]), flush=True)
+    print("\n| model, method | size | arithmetic | loading, peak GiB | training, peak GiB | target | s a step |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for r in found:
+        target = TARGETS_GIB[f"{r['model']}-{r['method']}"]
+        print(f"| {r['model']} {r['method']} ({r['optimizer']}) | {r['size']} | {r['arithmetic']} | {r['loading_peak_gib']:.1f} "
+              f"| {r['training_peak_gib']:.1f} | {target} | {r['step_s']:.0f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
