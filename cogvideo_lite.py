@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gc
 import glob
 import hashlib
 import json
@@ -82,7 +83,7 @@ class Config:
     weight_decay: float = option("weight decay of the optimizer", 1e-4)
     max_grad_norm: float = option("gradients are clipped to this global norm (not with --fused-backward)", 1.0)
     max_update_rms: float = option(
-        "with --fused-backward: each tensor's update is clipped to this root mean square, in units of the learning rate",
+        "with --fused-backward or adafactor: each tensor's update is clipped to this root mean square, in units of the rate",
         1.0,
     )
     trained_dtype: str = option(
@@ -155,6 +156,10 @@ def check_numbers(config):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    for f in dataclasses.fields(Config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be one of {', '.join(choices)}")
     if not 0 <= config.caption_dropout < 1:
         raise UserError(f"--caption-dropout {config.caption_dropout}: must be in [0, 1)")
     if config.ema is not None and not 0 < config.ema < 1:
@@ -163,6 +168,8 @@ def check_numbers(config):
         raise UserError("--ema-on-cpu: needs --ema DECAY")
     if config.trained_dtype and config.method != "full":
         raise UserError("--trained-dtype: only for --full; adapters are always kept in float32")
+    if config.offload_activations and config.gradient_checkpointing is False:
+        raise UserError("--offload-activations: would copy the weights out too; use it with gradient checkpointing")
     if config.frames is not None and (config.frames < 1 or config.frames % 8 != 1):
         raise UserError(f"--frames {config.frames}: must be 8k + 1, such as {max(9, config.frames // 8 * 8 + 1)}")
 
@@ -199,7 +206,7 @@ def resolve(config):
             ("clips", "the first 50, as in the case that the course is about (CogVideo#116); --clips 200 takes all")
         )
     if config.gradient_checkpointing is None:
-        config.gradient_checkpointing = base.large
+        config.gradient_checkpointing = base.large or config.offload_activations
     if config.method == "full" and config.trained_dtype is None:
         config.trained_dtype = "bfloat16" if base.large else "float32"
         why.append(("weights", {
@@ -243,7 +250,8 @@ def quiet_libraries():
     """Leave the terminal to what this program says: no bars for loading weights, no note on an optional kernel."""
     import logging
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for module in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     import diffusers
     import transformers
 
@@ -419,13 +427,17 @@ class Base:
                 shapes += [file.get_slice(name).get_shape() for name in file.keys()]
         return sum(math.prod(shape) for shape in shapes)
 
-    def load(self, part, dtype=None):
-        """One part of the pipeline in its own class, frozen, in eval mode."""
+    def cls(self, part):
+        """The class of a part of the pipeline, diffusers' or transformers'."""
         import diffusers
         import transformers
 
         library, name = json.loads((self.folder / "model_index.json").read_text())[part]
-        cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+        return getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+
+    def load(self, part, dtype=None):
+        """One part of the pipeline in its own class, frozen, in eval mode."""
+        cls = self.cls(part)
         if part in ("tokenizer", "scheduler"):
             return cls.from_pretrained(self.folder / part)
         return cls.from_pretrained(self.folder / part, dtype=dtype).requires_grad_(False).eval()
@@ -522,31 +534,29 @@ def choose_compute_dtype(device, base, wanted=None):
 # has no bf16 units; or be kept in fp32, because it is trained, and be computed with in bf16. The arithmetic is that of the
 # activations, everywhere: no autocast, which would keep fp32 copies of every layer norm's input.
 
-QUANTIZED_TRANSFORMER = re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))")
-QUANTIZED_T5 = re.compile(r"encoder\.block\.\d+\..*\.(q|k|v|o|wi|wi_0|wi_1)")  # T5 reads the dtype of its own wo
+QUANTIZED = {
+    "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"),
+    "text_encoder": re.compile(r"encoder\.block\.\d+\..*\.(q|k|v|o|wi|wi_0|wi_1)"),  # T5 reads the dtype of its own wo
+}
 
 
 def load_quantized(base, part, dtype, device, bits=4):
-    """Transformer or T5 with its big matrices in few bits and the rest (adaLN, embeddings, norms, projections in and out) as
-    they are on disk, or in `dtype` if the model is small. Returns the module, frozen, in eval mode.
+    """Transformer or T5 on a device, its big matrices in few bits, the rest (adaLN, embeddings, norms, projections in and out)
+    as `frozen_dtype` says. Returns the module, frozen, in eval mode.
 
     bits: 4 is NF4 with double quantization (arXiv 2305.14314), 8 is LLM.int8 (arXiv 2208.07339). Each matrix is quantized when
     it is read, so that the whole model is never in memory in 16 bits. diffusers' own loader does the same, but on a GPU only.
     """
     import bitsandbytes as bnb
-    import diffusers
     import torch
-    import transformers
     from accelerate import init_empty_weights
     from accelerate.utils import set_module_tensor_to_device
     from safetensors import safe_open
 
-    library, name = json.loads((base.folder / "model_index.json").read_text())[part]
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
-    folder, chosen = base.folder / part, QUANTIZED_T5 if part == "text_encoder" else QUANTIZED_TRANSFORMER
+    cls, folder, chosen = base.cls(part), base.folder / part, QUANTIZED[part]
     rest = dtype if part == "text_encoder" else frozen_dtype(base, dtype)  # T5's norms would change the arithmetic
     with init_empty_weights(include_buffers=False):  # buffers are computed, not read
-        if library == "diffusers":
+        if part == "transformer":
             model = cls.from_config(cls.load_config(folder))
         else:
             model = cls(cls.config_class.from_pretrained(folder))
@@ -554,7 +564,7 @@ def load_quantized(base, part, dtype, device, bits=4):
     def quantized(weight, plain):
         size = plain.in_features, plain.out_features
         if bits == 8:
-            layer = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
+            layer = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
             layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(
                 device
             )
@@ -566,26 +576,29 @@ def load_quantized(base, part, dtype, device, bits=4):
         return layer
 
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), "pt") as opened:
+        with safe_open(str(file), "pt", backend="pread") as opened:  # mapped files would stay resident as a whole
             for key in opened.keys():
                 owner, _, leaf = key.rpartition(".")
                 tensor = opened.get_tensor(key)
                 if leaf == "weight" and chosen.fullmatch(owner):
                     model.set_submodule(owner, quantized(tensor, model.get_submodule(owner)))
                 else:
-                    set_module_tensor_to_device(model, key, device, value=tensor, dtype=rest)
-    if library == "transformers":
+                    # What T5 adds to its activations after each block overflows in fp16; transformers keeps it in float32 too.
+                    kept = torch.float32 if rest == torch.float16 and ".wo." in key else rest
+                    set_module_tensor_to_device(model, key, device, value=tensor, dtype=kept)
+    if part == "text_encoder":
         model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if absent:
         raise UserError(f"model '{base.folder}': {len(absent)} weights are not in its files, {absent[0]} among them")
     model.is_loaded_in_4bit = bits == 4  # peft makes its 4-bit layers only if told so
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)  # 2B's table of positions is no weight, and not there yet
 
 
-def frozen_dtype(base, dtype):
+def frozen_dtype(base, dtype, folder=None):
     """How weights that are not trained are kept: as they are computed with, but a large model's in no more bits than on disk."""
-    return dtype_on_disk(base.folder / "transformer") if base.large and dtype.itemsize > 2 else dtype
+    on_disk = dtype_on_disk(folder or base.folder / "transformer")
+    return on_disk if base.large and dtype.itemsize > on_disk.itemsize else dtype
 
 
 def load_transformer(config, base, dtype, device):
@@ -742,9 +755,12 @@ def cache_clips(config, device=None):
     train, heldout, _ = split_clips(config)
     folder = cache_folder(config)
     settings = digest(base.fingerprint("vae"), config.frames, config.height, config.width, config.fps, dtype)
-    bits = int(config.quantize_text_encoder[0]) if config.quantize_text_encoder else 16
     text_settings = digest(
-        base.fingerprint("text_encoder"), base.fingerprint("tokenizer"), base.text_length, dtype, bits
+        base.fingerprint("text_encoder"),
+        base.fingerprint("tokenizer"),
+        base.text_length,
+        dtype,
+        config.quantize_text_encoder,
     )
 
     def clip_file(clip):
@@ -764,7 +780,9 @@ def cache_clips(config, device=None):
     prompts = {p: prompt_file(p) for p in ["", *(c.caption for c in files), *validation_prompts(config, heldout)]}
     missing = {p: file for p, file in prompts.items() if not is_cached(file, "prompt_embeds")}
     if missing:
-        for file, embeds in zip(missing.values(), encode_prompts(base, list(missing), device, dtype, bits)):
+        for file, embeds in zip(
+            missing.values(), encode_prompts(base, list(missing), device, dtype, config.quantize_text_encoder)
+        ):
             save_tensor(file, "prompt_embeds", embeds)
     pairs = {clip: (file, prompts[clip.caption]) for clip, file in files.items()}
     return Cache(
@@ -810,13 +828,13 @@ def encode_clips(base, missing, settings, device, dtype):
         raise UserError(f"{bad[0]}{more}; {len(missing) - len(bad)} others were fine and are kept in the cache")
 
 
-def encode_prompts(base, prompts, device, dtype, bits=16):
-    """T5's embeddings of prompts, padded as the model was trained: a list of (L, D)."""
+def encode_prompts(base, prompts, device, dtype, quantize=None):
+    """T5's embeddings of prompts, padded as the model was trained: a list of (L, D). quantize: None, "4bit" or "8bit"."""
     import torch
     from diffusers import CogVideoXPipeline
 
-    if bits < 16:
-        text_encoder = load_quantized(base, "text_encoder", dtype, device, bits)
+    if quantize:
+        text_encoder = load_quantized(base, "text_encoder", dtype, device, int(quantize.removesuffix("bit")))
     else:
         text_encoder = base.load("text_encoder", dtype).to(device)
     pipe = CogVideoXPipeline(base.load("tokenizer"), text_encoder, None, None, None)
@@ -1002,7 +1020,9 @@ def new_optimizer(config, parameter):
         return bnb.optim.Lion8bit([parameter], betas=(0.9, 0.99), **shared)
     # Row and column sums in place of second moments, no first moments. torch's own Adafactor would multiply the rate by
     # the size of the weights, and could not be told not to.
-    return Adafactor([parameter], scale_parameter=False, relative_step=False, **shared)
+    return Adafactor(
+        [parameter], scale_parameter=False, relative_step=False, clip_threshold=config.max_update_rms, **shared
+    )
 
 
 def round_stochastically(x, generator):
@@ -1035,7 +1055,7 @@ class Updates:
         self.optimizers = [new_optimizer(config, p) for p in self.shown]
         # Of a step: squares of change, weights and gradients, and the number of weights whose bits changed.
         self.sums = torch.zeros(4, dtype=torch.float64, device=parameters[0].device)
-        self.under_way = False  # some tensors have been stepped, others have not
+        self.under_way = False  # weights have changed in a step that is not written down yet: no state to keep
         if config.fused_backward:
             for i, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(lambda _, i=i: self.update(i))
@@ -1071,8 +1091,6 @@ class Updates:
         if not self.config.fused_backward:
             for i in range(len(self.parameters)):
                 self.update(i)
-        self.step_number += 1
-        self.under_way = False
 
     def measured(self):
         """Of the step just made: norm of the gradients, norm of the change over norm of the weights, and the share of weights
@@ -1095,8 +1113,7 @@ class Updates:
         tensors = {k: v.detach().contiguous() for k, v in states.items() if torch.is_tensor(v)}
         return tensors, {k: v for k, v in states.items() if k not in tensors}
 
-    def load_state(self, step, tensors, numbers):
-        self.step_number = step
+    def load_state(self, tensors, numbers):
         for name, value in {**tensors, **numbers}.items():
             i, key = name.split(".", 1)
             shown = self.shown[int(i)]
@@ -1125,7 +1142,7 @@ class Average:
         import torch
 
         with torch.no_grad():
-            weights = [p.detach().clone() for p in self.parameters]
+            weights = [p.detach().to(a.device, copy=True) for p, a in zip(self.parameters, self.tensors)]
             for p, average in zip(self.parameters, self.tensors):
                 p.copy_(average)
             try:
@@ -1195,7 +1212,7 @@ def load_checkpoint(folder, config, transformer, updates, average, scaler):
 
     load_trained(transformer, config.method, folder)
     saved = json.loads((folder / "state.json").read_text())
-    updates.load_state(saved["step"], load_file(str(folder / "optimizer.safetensors")), saved["optimizer"])
+    updates.load_state(load_file(str(folder / "optimizer.safetensors")), saved["optimizer"])
     if average:
         for i, tensor in load_file(str(folder / "average.safetensors")).items():
             average.tensors[int(i)].copy_(tensor)
@@ -1243,10 +1260,9 @@ def sample(run_or_model, prompts, seed=0, **changes):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_compute_dtype(device, base, changes.get("compute_dtype"))  # the run may come from another machine
-    bits = int(config.quantize_text_encoder[0]) if config.quantize_text_encoder else 16
-    *embeds, empty = encode_prompts(base, [*prompts, ""], device, dtype, bits)
+    *embeds, empty = encode_prompts(base, [*prompts, ""], device, dtype, config.quantize_text_encoder)
     if is_run and config.method == "full":
-        kept = frozen_dtype(base, dtype)
+        kept = frozen_dtype(base, dtype, run / "transformer")
         transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", dtype=kept).to(device)
     else:
         transformer = load_transformer(config, base, dtype, device)
@@ -1271,6 +1287,7 @@ def merge(run, out=None):
     trained on, over the norm of the adapter's change. Raises UserError.
     """
     import torch
+    from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
 
     run = Path(run).expanduser()
@@ -1278,10 +1295,12 @@ def merge(run, out=None):
         raise UserError(
             f"run '{run}': no pytorch_lora_weights.safetensors; only finished --lora and --qlora runs can be merged"
         )
-    config = load_config(run / "config.json")
+    config, out = load_config(run / "config.json"), Path(out).expanduser() if out else run / "merged"
+    refuse_pipeline(out)
     quiet_libraries()
     base = find_base(config.model)
-    transformer = base.load("transformer", dtype_on_disk(base.folder / "transformer"))
+    dtype = dtype_on_disk(base.folder / "transformer")
+    transformer = base.load("transformer", dtype)
     quantized = load_quantized(base, "transformer", torch.float32, "cpu") if config.method == "qlora" else None
     add_lora(transformer, config.rank, config.alpha, config.seed)
     load_lora(transformer, run)
@@ -1294,8 +1313,6 @@ def merge(run, out=None):
             weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
             old, exact = weight.clone(), weight.float() + delta
             if quantized:
-                from bitsandbytes.functional import dequantize_4bit
-
                 coarse = quantized.get_submodule(name).weight
                 nf4 += float((dequantize_4bit(coarse.data, coarse.quant_state) - old.float()).square().sum())
             weight.copy_(exact)
@@ -1303,12 +1320,11 @@ def merge(run, out=None):
             rounding += float((weight.float() - exact).square().sum())
             unchanged, adapted = unchanged + int((weight == old).sum()), adapted + weight.numel()
     transformer.unload_lora()
-    out = Path(out).expanduser() if out else run / "merged"
     out.mkdir(parents=True, exist_ok=True)
     save_trained(transformer, "full", out)
-    told = {"dtype": str(weight.dtype).removeprefix("torch."), "rounding": (rounding / change) ** 0.5}
-    told |= {"unchanged_share": unchanged / adapted}
-    return told | ({"nf4_error": (nf4 / change) ** 0.5} if quantized else {})
+    found = {"dtype": str(dtype).removeprefix("torch."), "rounding": (rounding / change) ** 0.5,
+             "unchanged_share": unchanged / adapted}  # fmt: skip
+    return found | ({"nf4_error": (nf4 / change) ** 0.5} if quantized else {})
 
 
 def contact_sheet(rows, labels, columns=6, least_px=96):
@@ -1406,12 +1422,15 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if config.compile:
-            self.transformer.compile()
+            for (
+                block
+            ) in self.transformer.transformer_blocks:  # one graph for all, and gradients that come block by block
+                block.compile()
 
-    def losses(self, samples):
+    def losses(self, model, samples):
         """One velocity loss a sample: (B,)."""
         batch = collate(samples, self.device)
-        return velocity_loss(self.model, batch, self.alpha_bar, self.rotary, self.dtype)
+        return velocity_loss(model, batch, self.alpha_bar, self.rotary, self.dtype)
 
     def step(self, step):
         """One optimizer step on batch_size clips. Returns its metrics; raises RunError if the loss is not finite."""
@@ -1419,6 +1438,7 @@ class Trainer:
 
         config, accelerator = self.config, self.accelerator
         tic = time.perf_counter()
+        self.updates.step_number = step
         self.updates.lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
         # Each process takes every n-th sample of the step; each sample's draws follow from its number alone.
         mine = range(step * config.batch_size, (step + 1) * config.batch_size)
@@ -1430,7 +1450,7 @@ class Trainer:
             if config.offload_activations:
                 kept = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
             with kept:
-                part = self.losses(samples).sum() / len(mine)
+                part = self.losses(self.model, samples).sum() / len(mine)
             loss += part.detach()
             if config.fused_backward:  # backward is the step
                 self.refuse_if_not_finite(float(loss), step)
@@ -1443,7 +1463,9 @@ class Trainer:
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters]  # not in bf16
             norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, norm)
-            measured = {"grad_norm": float(norm)}
+            measured = {
+                "grad_norm": float(norm) if norm.isfinite() else None
+            }  # of a step that fp16's scaler leaves out
         self.scaler.step(self.updates)
         self.scaler.update()
         for p in self.parameters:  # those of a step that the scaler left out
@@ -1470,7 +1492,8 @@ class Trainer:
         at_once, losses = 1 if self.base.large else 16, []
         with torch.no_grad(), self.judged():
             for k in range(0, len(jobs), at_once):
-                losses.append(self.losses([self.samples.heldout(*job) for job in jobs[k : k + at_once]]))
+                batch = [self.samples.heldout(*job) for job in jobs[k : k + at_once]]
+                losses.append(self.losses(self.transformer, batch))
         self.transformer.train()
         return float(torch.cat(losses).mean())
 
@@ -1505,6 +1528,7 @@ def train(config, callbacks=()):
     Each callback is called with the metrics of every step (a dict, see README.md), after they were written.
     """
     started = time.perf_counter()
+    asked = config.fused_backward
     config, base, why = resolve(config)
     config.model, config.data = portable(config.model), portable(config.data)
     config.heldout = portable(config.heldout) if config.heldout else None
@@ -1528,9 +1552,17 @@ def train(config, callbacks=()):
             f"--batch-size {config.batch_size}: must be a multiple of the {accelerator.num_processes} processes"
         )
     if config.fused_backward and dtype == torch.float16:
-        raise UserError("--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward")
+        if asked:
+            raise UserError("--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward")
+        config.fused_backward = False
+        why.append(("optimizer", "after backward, since fp16 gradients must be unscaled all together"))
     with accelerator.main_process_first():
         cache = cache_clips(config, accelerator.device)
+    gc.collect()  # VAE and T5, whose quantized layers refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        why.append(("memory", f"{peak_memory_gib():.1f} GiB at most while clips and prompts were coded"))
+        torch.cuda.reset_peak_memory_stats()
 
     trainer = Trainer(config, base, cache, accelerator)
     newest, first = checkpoints(folder)[-1:] if config.resume else [], 0
@@ -1570,6 +1602,7 @@ def train(config, callbacks=()):
             if main:
                 append_json(folder / "metrics.jsonl", metrics)
                 history.append(metrics)
+                trainer.updates.under_way = False
                 bar.update()
                 shown = dict(loss=f"{metrics['loss']:.3f}", update=f"{metrics['update_ratio']:.1e}")
                 bar.set_postfix(**shown, s=f"{metrics['step_s']:.2f}")
@@ -1622,10 +1655,17 @@ def peak_memory_gib():
 # ------------------------------------------------------------------------------------------------------- a run's folder
 
 
+def refuse_pipeline(folder):
+    """A run and a merged model write their own transformer/; another's must not go for it. Raises UserError."""
+    if (folder / "model_index.json").exists():
+        raise UserError(f"--out '{folder}': a pipeline folder, whose transformer would be written over; give another")
+
+
 def run_folder(config):
     """The folder of this run: --out, the newest run of the method with --resume, or a new one."""
     if config.out:
         folder = Path(config.out).expanduser().resolve()
+        refuse_pipeline(folder)
         if (folder / "metrics.jsonl").exists() and not config.resume:
             kind = "a finished" if (folder / "summary.json").exists() else "an unfinished"
             raise UserError(
@@ -1811,14 +1851,14 @@ def command_line(argv):
     """Do what the command line says. Returns nothing; raises UserError or RunError."""
     given = vars(parser().parse_args(argv))
     prompts, run, file, method, merged = (given.pop(name) for name in ("sample", "run", "config", "method", "merge"))
-    if merged:
-        merge_command(merged, given)
-        return
     if prompts:
         sample_command(prompts, run, given)
         return
     if run:
         raise UserError("--run: only for --sample; a run is continued with --resume --out RUN")
+    if merged:
+        merge_command(merged, given)
+        return
     if given.get("resume") and not file:
         folder = run_folder(Config(method=method, out=given.get("out"), resume=True))
         if (folder / "config.json").exists():  # what is left out stays as it was

@@ -533,7 +533,7 @@ VAE_STEPS, VAE_BATCH, VAE_LR, KL = 4000, 4, 1.5e-3, 3e-4
 WHOLE_FROM = 0.8  # the last fifth of the steps trains on whole clips, two chunks of the codec each
 # Then the decoder alone goes on, at a third of the rate, on whole clips, with less weight on the subject and more on large
 # errors: the latents, and a base that was trained on them, stay as they are.
-DECODER_STEPS = 1500
+DECODER_STEPS = 1000
 
 
 def train_vae(work, model):
@@ -673,7 +673,7 @@ def training_captions(scenes, seed):
     return out
 
 
-BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 6500, 32, 1.5e-3, 0.6
+BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 6000, 32, 1.5e-3, 0.6
 CAPTION_DROPOUT, EMA, SUBJECT_WEIGHT = 0.1, 0.999, 3.0
 
 

@@ -5,7 +5,7 @@
 
 Random weights and noise of the right shapes, as in bench_24gb.py, whose builder it uses: neither memory nor time depend on
 what the weights are. Each row is a process of its own, so that a row that runs out of memory says so and the next one starts
-clean. Peaks are torch.cuda.max_memory_reserved during training; `free` of the cap is what a desktop may use besides.
+clean. Peaks are torch.cuda.max_memory_reserved during training; CUDA's own context, about half a GiB, is outside the cap.
 """
 
 import argparse

@@ -25,10 +25,20 @@ from safetensors.torch import load_file  # noqa: E402
 import cogvideo_lite as cl  # noqa: E402
 
 
-def torch_adafactor(config, parameter):
+class AbsoluteAdafactor(torch.optim.Adafactor):
     """torch's own multiplies the rate by the weights' size, so the rate is divided by it first."""
-    size = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 1.0
-    return torch.optim.Adafactor([parameter], lr=config.lr / max(size, 1e-3), weight_decay=config.weight_decay)
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        lr, weights = group["lr"], group["params"][0]
+        group["lr"] = lr / max(float(weights.square().mean().sqrt()), 1e-3)
+        super().step()
+        group["lr"] = lr
+
+
+def torch_adafactor(config, parameter):
+    return AbsoluteAdafactor([parameter], lr=config.lr, weight_decay=config.weight_decay)
 
 
 def torchao_8bit(config, parameter):
@@ -67,7 +77,7 @@ def made_by(maker, rounds_itself):
                     self.shown[i], self.optimizers[i] = p, maker(self.config, p)
                     optimizer = self.optimizers[i]
                 old, gradients = p.detach().clone(), p.grad.float().square().sum()
-                optimizer.param_groups[0]["lr"] = self.lr
+                optimizer.param_groups[0]["lr"].fill_(self.lr)  # torchao keeps it in a tensor
                 optimizer.step()
                 p.grad = None
                 change = (p.float() - old.float()).square().sum()

@@ -59,7 +59,8 @@ def steps_of_one_weight_matrix(trained_dtype, lr, steps=200):
     w = torch.full((64, 64), 0.05)
     p = torch.nn.Parameter(w if trained_dtype == "float32" else w.bfloat16())
     start, updates, changed = float(p[0, 0].detach()), cl.Updates(config, [p]), []
-    for _ in range(steps):
+    for step in range(steps):
+        updates.step_number = step
         p.grad = torch.full_like(p, -1.0)
         updates.step()
         changed.append(updates.measured()["changed_share"])
@@ -107,6 +108,36 @@ def test_the_optimizer_inside_backward_does_what_the_ordinary_one_does(quick, op
         assert a["update_ratio"] == b["update_ratio"] and a["changed_share"] == b["changed_share"]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_does_what_a_plain_loop_of_torch_does(quick, fused):
+    """The textbook loop over the same batches: one AdamW over all weights, no hooks, nothing of this project's optimizer."""
+    config = quick(model=str(NANO), method="full", frames=9, height=32, width=32, lr=1e-3, fused_backward=fused,
+                   max_grad_norm=1e9, max_update_rms=1e9)  # fmt: skip
+    trainers = []
+
+    class Remember(cl.Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            trainers.append(self)
+
+    original, cl.Trainer = cl.Trainer, Remember
+    try:
+        run = cl.train(config)
+    finally:
+        cl.Trainer = original
+    t = trainers[0]
+    model = cl.find_base(config.model).load("transformer", torch.float32).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    for step in range(config.steps):
+        batch = cl.collate([t.samples.training(n) for n in (2 * step, 2 * step + 1)], "cpu")
+        cl.velocity_loss(model, batch, t.alpha_bar, t.rotary, torch.float32).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned = weights(run)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(tuned[name], p.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_never_live_together(quick, monkeypatch):
     alive = []
     original = cl.Updates.update
@@ -138,6 +169,9 @@ def test_each_tensors_update_is_clipped_to_the_rate_in_root_mean_square():
     (dict(fused_backward=True, compute_dtype="float16"), "fp16 gradients must be unscaled"),
     (dict(trained_dtype="bfloat16", method="lora"), "only for --full"),
     (dict(ema=1.5), "between 0 and 1"),
+    (dict(optimizer="AdamW"), "--optimizer AdamW: must be one of adamw"),
+    (dict(trained_dtype="fp32"), "--trained-dtype fp32: must be one of float32"),
+    (dict(offload_activations=True, gradient_checkpointing=False), "use it with gradient checkpointing"),
     (dict(ema_on_cpu=True), "needs --ema"),
 ])  # fmt: skip
 def test_what_cannot_go_together_is_refused_with_its_reason(quick, fields, words):
@@ -222,11 +256,70 @@ def test_the_average_follows_its_recursion_and_is_what_the_run_gives(quick):
     assert any(not torch.equal(saved[name], last) for name, last in zip(names, seen[-1]))
 
 
-def test_activations_kept_elsewhere_change_nothing_but_where_they_are(quick):
-    config = quick(method="full", lr=1e-3, gradient_checkpointing=True)
+def test_activations_kept_elsewhere_change_nothing_but_where_they_are(quick, monkeypatch):
+    """On a CPU they have nowhere else to go, so what is packed is recorded: the blocks' inputs, and none of their weights."""
+    config = quick(method="full", lr=1e-3, gradient_checkpointing=True, steps=2)
     plain = cl.train(config)
+    packed, original = [], torch.autograd.graph.save_on_cpu.__init__
+
+    def recording(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        pack = self.pack_hook
+        self.pack_hook = lambda tensor: packed.append(tensor.shape) or pack(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", recording)
     moved = cl.train(dataclasses.replace(config, offload_activations=True, out=config.out + "-moved"))
     assert same_weights(plain, moved)
+    video_tokens = torch.Size([2, 12, 32])
+    assert packed.count(video_tokens) >= 2 * 2  # two blocks, two steps
+    assert torch.Size([128, 32]) not in packed and torch.Size([32, 32]) not in packed  # feed-forward, attention
+
+
+def test_what_a_large_model_does_by_default_trains_samples_and_resumes(quick, monkeypatch):
+    """bf16 weights, stochastic rounding, Adafactor inside backward, checkpointing, tiled decoding: all at once."""
+    monkeypatch.setattr(cl.Base, "large", True)
+    config = quick(method="full", optimizer="adafactor", lr=1e-3, batch_size=1)
+    whole = cl.train(dataclasses.replace(config, out=config.out + "-whole"))
+    assert whole.config.trained_dtype == "bfloat16" and whole.config.fused_backward
+    assert {t.dtype for t in weights(whole).values()} == {torch.bfloat16}
+
+    def stop(metrics):
+        if metrics["step"] == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cl.train(config, callbacks=[stop])
+    assert same_weights(whole, cl.train(dataclasses.replace(config, resume=True)))
+    assert len(cl.sample(whole.folder, ["a red spider"])) == 1
+
+
+def test_fp16_arithmetic_scales_its_losses_and_trains(quick):
+    """As on a card without bf16 units."""
+    run = cl.train(quick("2b", compute_dtype="float16", lr=1e-3))
+    assert all(math.isfinite(m["loss"]) for m in run.metrics)
+    assert json.loads((run.folder / "checkpoint-4/state.json").read_text())["scaler"]["scale"] > 0
+
+
+def test_an_interrupt_between_a_step_and_its_metrics_keeps_no_checkpoint_of_half_a_step(quick, monkeypatch):
+    """Else the step would be made twice."""
+    config = quick(method="full", steps=4, checkpoint_every=2)
+
+    def interrupted(path, value):
+        if value["step"] == 3:
+            raise KeyboardInterrupt
+        original(path, value)
+
+    original = cl.append_json
+    monkeypatch.setattr(cl, "append_json", interrupted)
+    with pytest.raises(cl.RunError, match="stopped at step"):
+        cl.train(config)
+    assert [c.name for c in cl.checkpoints(config.out)] == ["checkpoint-2"]
+
+
+def test_no_pipeline_folder_is_written_over(quick, tiny):
+    for method in ("lora", "full"):
+        with pytest.raises(cl.UserError, match="would be written over"):
+            cl.train(quick(method=method, out=str(tiny("5b"))))
 
 
 def test_the_default_for_a_large_model_is_bf16_with_stochastic_rounding_inside_backward_and_says_why(
@@ -293,10 +386,11 @@ def test_every_method_trains_in_either_arithmetic_on_any_machine(quick, method, 
     assert all(math.isfinite(m["loss"]) for m in run.metrics)
 
 
-def test_adapters_in_float32_make_no_float32_copies_of_bf16_activations(tiny):
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_in_float32_make_no_float32_copies_of_bf16_activations(tiny, method):
     """What autograd keeps for backward, in a model whose adapters are float32 and whose arithmetic is bf16."""
     base = cl.find_base(str(tiny("5b")))
-    model = base.load("transformer", torch.bfloat16)
+    model = cl.load_transformer(cl.Config(method=method), base, torch.bfloat16, "cpu")
     cl.add_lora(model, 4, 4.0, 0)
     cl.compute_in_dtype_of_input(model, torch.bfloat16)
     rotary = cl.rotary_embedding(base, model, 9, 32, 32, "cpu")

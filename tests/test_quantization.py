@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import NANO
+from conftest import FAMILIES, NANO, ROOT
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
@@ -58,6 +58,7 @@ def weight_bytes(transformer):
 
 
 def same_bytes(a, b):
+    assert a and b  # a model without 4-bit layers has nothing that could change
     return a.keys() == b.keys() and all(torch.equal(x, y) for k in a for x, y in zip(a[k], b[k]))
 
 
@@ -157,11 +158,40 @@ def test_train_sample_train_save_resume_train_leaves_the_base_as_it_was(quick, m
     assert {t.dtype for t in a.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_trains_and_samples_on_a_quantized_base(quick, family):
+    run = cl.train(quick(family, method="qlora"))
+    assert len(cl.sample(run.folder, ["a red spider"])) == 1
+
+
+def test_loading_keeps_no_mapped_file_resident(tmp_path):
+    """What is kept of a file (norms, biases) must not hold all of it: by the kernel's account of mapped pages."""
+    import subprocess
+    import sys
+
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, cogvideo_lite as cl
+base = cl.find_base({str(NANO)!r})
+cl.load_quantized(base, "transformer", torch.float32, "cpu")
+print(sum("cogvideox-nano/transformer" in line for line in open("/proc/self/maps")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_samples_of_a_run_come_from_the_quantized_model_that_was_trained(quick, monkeypatch):
-    drawn = {}
+    drawn, sampled = {}, []
     monkeypatch.setattr(cl, "save_samples", lambda folder, when, clips, *rest: drawn.update({when: clips}))
+    generate = cl.generate
+    monkeypatch.setattr(
+        cl, "generate", lambda pipe, *rest, **kw: sampled.append(pipe.transformer) or generate(pipe, *rest, **kw)
+    )
     run = cl.train(quick("5b", method="qlora"))
     again = cl.sample(run.folder, run.config.validation_prompts)
+    assert len(sampled) == 3 and all(
+        len(four_bit_layers(t)) == 6 * 2 for t in sampled
+    )  # before, after, again; 2 blocks
     assert torch.equal(again[0], drawn["after"][0])
     assert not torch.equal(drawn["before"][0], drawn["after"][0])
 
@@ -222,7 +252,7 @@ def test_prompts_coded_in_few_bits_are_near_those_coded_in_full(bits, bound):
     base, cpu = cl.find_base(str(NANO)), torch.device("cpu")
     prompts = ["a red spider moving left over grass", "a spider named kumo"]
     plain = torch.stack(cl.encode_prompts(base, prompts, cpu, torch.float32))
-    coarse = torch.stack(cl.encode_prompts(base, prompts, cpu, torch.float32, int(bits[0])))
+    coarse = torch.stack(cl.encode_prompts(base, prompts, cpu, torch.float32, bits))
     assert 0 < (coarse - plain).norm() < bound * plain.norm()
 
 
@@ -239,5 +269,5 @@ def test_qlora_ends_near_loras_heldout_loss_on_the_nano(quick, nano_cache):
     for method in ("lora", "qlora"):
         config = quick(method=method, **shared)
         summaries[method] = cl.train(cl.dataclasses.replace(config, out=f"{config.out}-{method}")).summary
-    assert summaries["lora"]["heldout_after"] < summaries["lora"]["heldout_before"]
-    assert summaries["qlora"]["heldout_after"] == pytest.approx(summaries["lora"]["heldout_after"], rel=0.1)
+    gain = {method: s["heldout_before"] - s["heldout_after"] for method, s in summaries.items()}
+    assert gain["lora"] > 0 and gain["qlora"] > 0.7 * gain["lora"]
