@@ -1543,7 +1543,12 @@ def train(config, callbacks=()):
     accelerator = Accelerator(
         mixed_precision="no", cpu=not torch.cuda.is_available()
     )  # compute_in_dtype_of_input does it
-    dtype, reason = choose_compute_dtype(accelerator.device, base, config.compute_dtype)
+    newest, first = checkpoints(folder)[-1:] if config.resume else [], 0
+    if newest and config.compute_dtype is None:  # a measurement could fall otherwise this time, and rounding with it
+        config.compute_dtype = load_config(folder / "config.json").compute_dtype
+        dtype, reason = getattr(torch, config.compute_dtype), "as the run began; --compute-dtype overrides it"
+    else:
+        dtype, reason = choose_compute_dtype(accelerator.device, base, config.compute_dtype)
     config.compute_dtype = str(dtype).removeprefix("torch.")
     why.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
     main = accelerator.is_main_process
@@ -1565,7 +1570,6 @@ def train(config, callbacks=()):
         torch.cuda.reset_peak_memory_stats()
 
     trainer = Trainer(config, base, cache, accelerator)
-    newest, first = checkpoints(folder)[-1:] if config.resume else [], 0
     if newest:
         first = trainer.load_checkpoint(newest[0])
         if first > config.steps:

@@ -275,10 +275,12 @@ def test_activations_kept_elsewhere_change_nothing_but_where_they_are(quick, mon
     assert torch.Size([128, 32]) not in packed and torch.Size([32, 32]) not in packed  # feed-forward, attention
 
 
-def test_what_a_large_model_does_by_default_trains_samples_and_resumes(quick, monkeypatch):
-    """bf16 weights, stochastic rounding, Adafactor inside backward, checkpointing, tiled decoding: all at once."""
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_what_a_large_model_does_by_default_trains_samples_and_resumes(quick, monkeypatch, arithmetic):
+    """bf16 weights, stochastic rounding, Adafactor inside backward, checkpointing, tiled decoding: all at once. The resumed
+    run is not told the arithmetic: it goes on with what it began with, whatever the processor is measured to do."""
     monkeypatch.setattr(cl.Base, "large", True)
-    config = quick(method="full", optimizer="adafactor", lr=1e-3, batch_size=1)
+    config = quick(method="full", optimizer="adafactor", lr=1e-3, batch_size=1, compute_dtype=arithmetic)
     whole = cl.train(dataclasses.replace(config, out=config.out + "-whole"))
     assert whole.config.trained_dtype == "bfloat16" and whole.config.fused_backward
     assert {t.dtype for t in weights(whole).values()} == {torch.bfloat16}
@@ -289,7 +291,9 @@ def test_what_a_large_model_does_by_default_trains_samples_and_resumes(quick, mo
 
     with pytest.raises(ZeroDivisionError):
         cl.train(config, callbacks=[stop])
-    assert same_weights(whole, cl.train(dataclasses.replace(config, resume=True)))
+    resumed = cl.train(dataclasses.replace(config, resume=True, compute_dtype=None))
+    assert resumed.config.compute_dtype == arithmetic
+    assert same_weights(whole, resumed)
     assert len(cl.sample(whole.folder, ["a red spider"])) == 1
 
 
