@@ -1,8 +1,8 @@
 """Draw the clips of the course and train the nano CogVideoX that it fine-tunes, from nothing, on two CPU cores.
 
-    python data_samples/make_samples.py clips     spider/ spider-heldout/ style/ prompts.json      (a minute)
-    python data_samples/make_samples.py vae       cogvideox-nano/vae                                (under an hour)
-    python data_samples/make_samples.py base      cogvideox-nano/{transformer,text_encoder,...}     (two hours)
+    python data_samples/make_samples.py clips     spider/ spider-heldout/ away/ style/ prompts.json (a minute)
+    python data_samples/make_samples.py vae       cogvideox-nano/vae                                (over an hour)
+    python data_samples/make_samples.py base      cogvideox-nano/{transformer,text_encoder,...}     (an hour and a half)
     python data_samples/make_samples.py check     quality of cogvideox-nano: sheets, and one JSON line, last
     python data_samples/make_samples.py all       the four in this order
     python data_samples/make_samples.py picture --run runs/lora-...      before_and_after.png, for the README
@@ -88,11 +88,15 @@ def two_segment_leg(u, v, hip, angle, bend, upper, lower, radius):
     return union(capsule(u, v, hip[0], hip[1], ku, kv, radius), capsule(u, v, ku, kv, fu, fv, radius, 0.8 * radius))
 
 
-def spider_legs(u, v, phase, lengths=(1.0, 1.0, 1.0, 1.0)):
-    """Eight two-segment legs in an alternating tetrapod gait: neighbours, and left and right, are half a cycle apart."""
+def spider_legs(u, v, phase, lengths=(1.0, 1.0, 1.0, 1.0), missing=0):
+    """Eight two-segment legs in an alternating tetrapod gait: neighbours, and left and right, are half a cycle apart.
+    missing: how many are left out, on either side in turn, to see whether that is noticed."""
     legs = []
+    lost = [(1, 1), (-1, 3), (1, 0), (-1, 2), (1, 3), (-1, 0), (1, 2)][:missing]
     for side in (-1, 1):
         for i, (rest, bend) in enumerate(((38, -26), (72, -16), (110, 16), (144, 26))):
+            if (side, i) in lost:
+                continue
             step = phase + math.pi * ((i + (side > 0)) % 2)
             angle = side * (math.radians(rest) + math.radians(13) * torch.sin(step))
             hip = (3.6 - 1.7 * i, side * 2.6)
@@ -105,18 +109,18 @@ def spider_legs(u, v, phase, lengths=(1.0, 1.0, 1.0, 1.0)):
     return union(*legs)
 
 
-def spider(u, v, phase):
+def spider(u, v, phase, missing=0):
     return [
-        (spider_legs(u, v, phase), 0.72),
+        (spider_legs(u, v, phase, missing=missing), 0.72),
         (ellipse(u, v, -6.2, 0.0, 6.2, 5.2), 1.0),
         (ellipse(u, v, 2.6, 0.0, 4.4, 3.8), 0.86),
     ]
 
 
-def kumo(u, v, phase):
+def kumo(u, v, phase, missing=0):
     """The spider that the base never sees: long forelegs, a big golden abdomen with a white bar, violet legs."""
     return [
-        (spider_legs(u, v, phase, lengths=(1.28, 1.0, 0.8, 0.95)), (0.45, 0.16, 0.60)),
+        (spider_legs(u, v, phase, (1.28, 1.0, 0.8, 0.95), missing), (0.45, 0.16, 0.60)),
         (ellipse(u, v, -7.0, 0.0, 7.2, 6.6), (0.95, 0.72, 0.10)),
         (capsule(u, v, -7.0, -4.2, -7.0, 4.2, 1.5), (0.98, 0.97, 0.94)),
         (ellipse(u, v, 2.4, 0.0, 3.8, 3.2), (0.95, 0.72, 0.10)),
@@ -400,6 +404,10 @@ def make_clips():
     write_clips(
         HERE / "style", random_scenes(rows, 32), [f"{caption(*row)} in outline style" for row in rows], "outline"
     )
+    # What the base knows, to compare samples of the prompts away from the concept with; no clip is of those prompts.
+    rows = rows_in_turn([row for row in combinations()[0] if row[0] == "spider"], 16, 35)
+    rows += [row for c in CREATURES if c != "spider" for row in rows_in_turn([r for r in combinations()[0] if r[0] == c], 6, 36)]
+    write_clips(HERE / "away", random_scenes(rows, 35), [caption(*row) for row in rows])
     away = rows_in_turn([row for row in combinations()[1] if row[0] == "spider"], 4, 33)
     away += [
         rows_in_turn([row for row in combinations()[1] if row[0] == c], 1, 34)[0] for c in CREATURES if c != "spider"
@@ -673,7 +681,7 @@ def training_captions(scenes, seed):
     return out
 
 
-BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 6000, 32, 1.5e-3, 0.6
+BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 9000, 32, 1.5e-3, 0.6
 CAPTION_DROPOUT, EMA, SUBJECT_WEIGHT = 0.1, 0.999, 3.0
 
 
@@ -1040,6 +1048,21 @@ def truth_report(clips, species=tuple(CREATURES), paints=None, progress=True):
             )
         )  # fmt: skip
     return readings
+
+
+def concept_score(video):
+    """How much of kumo a clip (F, 3, H, W) shows: IoU of its subject with the best pose of kumo, where a pixel of both counts only
+    if it has the paint that kumo has there. Mean over frames: about 0.9 for real clips of kumo, less than 0.5 for other spiders
+    (a purple one has the colour of its legs) and 0.1 for other creatures."""
+    reading = read_clip(video, (CONCEPT,), KUMO_PAINTS)
+    drawn, inside = torch.zeros_like(video), torch.zeros_like(reading.mask)
+    for distance, tone in pose_parts(CONCEPT, reading.pose):
+        part = distance < 0
+        drawn = torch.where(part[:, None], torch.tensor(tone)[:, None, None], drawn)
+        inside = inside | part
+    right = inside & ((video - drawn).norm(dim=1) < 0.35)
+    either = (inside | reading.mask).sum((1, 2)).clamp_min(1)
+    return float((right.sum((1, 2)) / either).masked_fill(~reading.mask.any(2).any(1), 0).mean())
 
 
 def read_clip(video, species=tuple(CREATURES), paints=None):
