@@ -154,7 +154,8 @@ def row(name, method, folder, size, minutes, steps):
     resident, losses, seconds = kernel_gib("VmRSS"), [], []
     blocks = tqdm(total=steps * 2 * len(trainer.transformer.transformer_blocks), desc="blocks, forward twice")
     for block in trainer.transformer.transformer_blocks:
-        block.register_forward_pre_hook(lambda *_: blocks.update())  # the second time stops before a block's end
+        # Before a block, since the second time stops before its end; and nothing returned, which would be its new arguments.
+        block.register_forward_pre_hook(lambda *_: blocks.update() and None)
     for step in range(steps):
         metrics = trainer.step(step)
         losses.append(metrics["loss"])
