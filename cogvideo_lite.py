@@ -5,10 +5,12 @@
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
     python cogvideo_lite.py --sample "a spider named kumo moving left over water" --run runs/lora-...
     python cogvideo_lite.py --merge runs/lora-...                                    adapter plus base as one transformer
+    python cogvideo_lite.py --compare runs/lora-... runs/full-...                    a page that puts runs side by side
 
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept and computed,
-cache, diffusion, adapters, optimizers, checkpoints, sampling, training, command line. The model classes are diffusers' own;
-so is the sampler. What is written here is what happens between a folder of clips and weights that stock diffusers loads.
+cache, diffusion, adapters, optimizers, checkpoints, sampling, distortion, training, comparison, command line. The model
+classes are diffusers' own; so is the sampler. What is written here is what happens between a folder of clips and weights
+that stock diffusers loads, and how to tell whether they bent the subject.
 
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
 and width, L text tokens, D text width.
@@ -30,6 +32,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import sys
 import time
 import tomllib
@@ -710,14 +713,17 @@ def cache_folder(config):
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cogvideo_lite"
 
 
+def clip_size(config):
+    return config.frames, config.height, config.width, config.fps
+
+
 def split_clips(config):
     """(training clips, held-out clips, a sentence on how they were told apart). Raises UserError."""
-    size = dict(frames=config.frames, height=config.height, width=config.width, fps=config.fps)
-    clips = read_clips(config.data, **size)
+    clips = read_clips(config.data, *clip_size(config))
     data = resolve_path(config.data)
     folder = resolve_path(config.heldout) if config.heldout else data.with_name(data.name + "-heldout")
     if config.heldout or folder.is_dir():
-        heldout, told = read_clips(folder, **size), f"held out: the clips of {folder.name}"
+        heldout, told = read_clips(folder, *clip_size(config)), f"held out: the clips of {folder.name}"
     elif len(clips) >= 2:
         heldout = clips[9::10] or clips[-1:]
         clips = [c for c in clips if c not in heldout]
@@ -732,13 +738,22 @@ def split_clips(config):
 
 
 def validation_prompts(config, heldout):
-    """Prompts sampled before and after: those given, two of each set in prompts.json beside the data, or held-out captions."""
+    """Prompts sampled before and after: those given, two of each set in prompts.json beside the data, or held-out captions.
+
+    Returns prompt -> folder of the real clips that its samples are compared with: that of the set's name beside
+    prompts.json, if there is one, else the data.
+    """
+    data = resolve_path(config.data)
     if config.validation_prompts:
-        return list(config.validation_prompts)
-    file = resolve_path(config.data).parent / "prompts.json"
-    if file.exists():
-        return [prompt for prompts in json.loads(file.read_text()).values() for prompt in prompts[:2]]
-    return list(dict.fromkeys(clip.caption for clip in heldout))[:3]
+        return dict.fromkeys(config.validation_prompts, data)
+    file = data.parent / "prompts.json"
+    if not file.exists():
+        return dict.fromkeys(list(dict.fromkeys(clip.caption for clip in heldout))[:3], data)
+    found = {}
+    for name, prompts in json.loads(file.read_text()).items():
+        folder = data.parent / name
+        found |= dict.fromkeys(prompts[:2], folder if folder.is_dir() else data)
+    return found
 
 
 def cache_clips(config, device=None):
@@ -1379,6 +1394,369 @@ def save_samples(folder, when, clips, prompts, fps):
         save_animation(folder / "before_and_after.png", [before, clips], fps)
 
 
+# ---------------------------------------------------------------------------------------------------------- distortion
+# Is the subject bent out of shape? No downloaded network judges: optical flow and geometry do, against real clips of the same
+# kind. Where the subject is, how it changes from frame to frame, which outlines it has and what surrounds it are measured;
+# each measure then says how far the clip lies from the reference, in units of how far reference clips lie from each other.
+
+WORK_PX = 128  # clips are measured with their short side scaled to this
+ANGLES, RADII = 64, 24  # of an outline in polar coordinates around its centroid
+LEAST_SUBJECT_PX = 40  # at working size
+LEAST_REFERENCE = 3  # clips
+MOTION = ("residual", "strain", "folding", "vanishing")
+TEXTURE = ("fine", "medium", "coarse")  # bands of the surroundings' texture
+# What no eye would notice, however alike the reference clips are.
+LEAST_SPREAD = {"outlines": 0.01, "residual": 0.002, "strain": 0.005, "folding": 0.02, "vanishing": 0.02,
+                "fine": 0.1, "medium": 0.1, "coarse": 0.1}  # fmt: skip
+COMPANIONS = ("speed", "sharpness", "saturation", "grid")
+
+
+@dataclass
+class Distortion:
+    """How a clip compares with real clips of its kind. All finite, whatever the clip."""
+
+    score: float  # 0 for clips like the reference, larger is more distorted: shape + motion + texture, less `Reference.usual`
+    shape: float  # outlines that no reference clip shows, in any rotation, size or mirror image
+    motion: float  # changes between frames that no shift, turn or zoom of the subject explains
+    texture: float  # of the surroundings: grid patterns, noise, blur
+    # Companions, each as a ratio to the reference's median: 1 is like the reference.
+    speed: float  # of the subject, in its own sizes a frame; a frozen clip is no undistorted one
+    sharpness: float
+    saturation: float
+    grid: float  # energy at the period of the codec's patches, 16 px (CogVideo#590)
+    unjudged: tuple  # what could not be measured, and why
+
+
+@dataclass
+class Reference:
+    """Statistics of real clips, made once by `reference_statistics`."""
+
+    pools: dict  # measure -> values of all clips, (n,)
+    outlines: object  # (N, ANGLES, RADII)
+    typical: dict  # measure -> (median, spread) of how far one reference clip lies from the others
+    companions: dict  # companion -> median
+    usual: float  # median over reference clips of shape + motion + texture
+
+
+def scaled_for_measuring(clip):
+    """Colours float32 (F, h, w, 3) with a short side of WORK_PX, and a contrast image uint8 (F, h, w): the colours' first
+    principal component over its spread, since brightness alone would not tell a green subject from green ground."""
+    import cv2
+    import numpy as np
+
+    video = clip.transpose(0, 2, 3, 1)  # (F, H, W, C)
+    scale = WORK_PX / min(video.shape[1:3])
+    size = [min(4 * WORK_PX, round(s * scale)) for s in video.shape[2:0:-1]]
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    video = np.stack([cv2.resize(frame, size, interpolation=how) for frame in video]).clip(0, 1)
+    colours = video.reshape(-1, 3)
+    centred = colours - colours.mean(0)
+    _, axes = np.linalg.eigh(centred[::7].T @ centred[::7])
+    main = axes[:, -1] * (np.sign(axes[:, -1].sum()) or 1)
+    contrast = (centred @ main).reshape(video.shape[:3])
+    return video, (128 + 42 * contrast / max(contrast.std(), 1e-3)).clip(0, 255).astype(np.uint8)
+
+
+def pixel_grid(height, width):
+    """Coordinates (h, w, 2) as x, y."""
+    import numpy as np
+
+    return np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
+
+
+def flow_without_camera(flow_of, first, second, grid):
+    """Dense flow (h, w, 2) from one contrast image to another, and the same less the similarity that most of it follows."""
+    import cv2
+    import numpy as np
+
+    flow = flow_of.calc(first, second, None)
+    here = grid[4::8, 4::8].reshape(-1, 2)
+    camera, _ = cv2.estimateAffinePartial2D(here, here + flow[4::8, 4::8].reshape(-1, 2), ransacReprojThreshold=0.5)
+    camera = np.eye(2, 3) if camera is None else camera
+    return flow, flow - (grid @ camera[:, :2].T + camera[:, 2] - grid).astype(np.float32)
+
+
+def subject_masks(video, speed):
+    """Masks bool (F, h, w) of what moves against its surroundings, and how it was found: "moves", or "stands out".
+
+    speed: (F, h, w) px a frame, the camera's taken off. Flow finds the place, colour the outline: a pixel near the motion
+    belongs to the subject if its colour is met there more often than elsewhere. Where that finds nothing, since nothing
+    moves or everything does, the frame's border stands for the surroundings.
+    """
+    import cv2
+    import numpy as np
+
+    code = (video * 15.999).astype(np.int32) @ np.array([256, 16, 1])  # colours in 16 steps a channel
+
+    def colours(where):
+        counts = np.bincount(code[where], minlength=4096).reshape(16, 16, 16).astype(np.float32)
+        for axis in range(3):  # neighbouring colours count a little too
+            padded = np.pad(counts, [(int(a == axis),) * 2 for a in range(3)])
+            counts = sum(w * np.take(padded, range(k, k + 16), axis) for k, w in enumerate((0.25, 0.5, 0.25)))
+        return counts
+
+    def parted(inside, balance):
+        here, elsewhere = colours(inside), colours(~inside)
+        elsewhere *= inside.sum() / max((~inside).sum(), 1) if balance else 1
+        likely = (here / (here + elsewhere + 1e-3)).reshape(-1)[code] > 0.5
+        near = np.ones((WORK_PX // 10, WORK_PX // 10), np.uint8)
+        masks = [(own & (cv2.dilate(m.astype(np.uint8), near) > 0)).astype(np.uint8) for own, m in zip(likely, inside)]
+        return np.stack([cv2.medianBlur(mask, 3) > 0 for mask in masks])
+
+    top = max(float(np.percentile(speed, 99.5)), 1e-6)
+    scaled = (255 * speed / top).clip(0, 255).astype(np.uint8)
+    threshold, _ = cv2.threshold(scaled.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    masks = parted(speed > max(threshold / 255 * top, 0.2), balance=False)
+    if np.median(masks.sum((1, 2))) >= LEAST_SUBJECT_PX:
+        return masks, "moves"
+    rim, middle = WORK_PX // 12, np.zeros(speed.shape, bool)
+    middle[:, rim:-rim, rim:-rim] = True
+    return parted(middle, balance=True), "stands out"
+
+
+def outlines(masks):
+    """Masks (F, h, w) in polar coordinates around their centroids, scaled to their spread: (F', ANGLES, RADII). A rotated
+    subject is shifted along the angles, a larger or a moved one is the same. Frames without a subject are left out."""
+    import cv2
+    import numpy as np
+
+    found = []
+    for mask in masks:
+        y, x = np.nonzero(mask)
+        if len(x) >= LEAST_SUBJECT_PX:
+            spread = np.sqrt(x.var() + y.var())
+            how = cv2.INTER_LINEAR | cv2.WARP_FILL_OUTLIERS
+            found.append(
+                cv2.warpPolar(mask.astype(np.float32), (RADII, ANGLES), (x.mean(), y.mean()), 2.6 * spread, how)
+            )
+    return np.stack(found) if found else np.zeros((0, ANGLES, RADII), np.float32)
+
+
+def unlike(some, others):
+    """1 - IoU of each of some outlines (F, ANGLES, RADII) with the most similar of others (N, ANGLES, RADII), in any rotation
+    and mirror image: (F,). All rotations at once, as a correlation along the angles."""
+    import numpy as np
+
+    area = np.arange(RADII, dtype=np.float32) + 0.5  # of a cell, which grows outwards
+    waves = np.fft.rfft(some * area, axis=1).astype(np.complex64).transpose(1, 0, 2)  # (K, F, RADII)
+    shared = np.zeros((len(some), len(others)), np.float32)
+    for mirrored in (others, others[:, ::-1]):
+        other = np.fft.rfft(mirrored, axis=1).astype(np.complex64).transpose(1, 2, 0)  # (K, RADII, N)
+        shared = np.maximum(shared, np.fft.irfft(waves @ other.conj(), ANGLES, axis=0).max(0))
+    areas = (some * area).sum((1, 2))[:, None] + (others * area).sum((1, 2))[None]
+    return 1 - (shared / np.maximum(areas - shared, 1e-6)).max(1)
+
+
+def non_rigid(flow, back, mask, grid, size):
+    """What a shift, turn and zoom does not explain of a subject's flow (h, w, 2): MOTION's four measures, and its speed.
+
+    residual: root mean square, in subject sizes. strain: mean |log| of the stretch along and across (singular values of the
+    flow's Jacobian). folding: share of the subject turned inside out, or nearly so. vanishing: share whose flow there and
+    back does not meet.
+    """
+    import cv2
+    import numpy as np
+
+    inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3))) > 0
+    inner = inner if inner.sum() >= LEAST_SUBJECT_PX // 2 else mask
+    (x, y), (dx, dy) = grid[inner].T, flow[inner].T
+    z, d = x - x.mean() + 1j * (y - y.mean()), dx + 1j * dy
+    turn = (z.conj() * d).sum() / max(float((abs(z) ** 2).sum()), 1e-6)  # least squares; a similarity is turn * z + shift
+    residual = np.sqrt((abs(d - d.mean() - turn * z) ** 2).mean()) / size
+    smooth = cv2.GaussianBlur(flow, (0, 0), 1.5)
+    (xy, xx), (yy, yx) = (np.gradient(smooth[..., k]) for k in (0, 1))
+    a, b, c, e = 1 + xx[inner], xy[inner], yx[inner], 1 + yy[inner]
+    det, half = a * e - b * c, (a * a + b * b + c * c + e * e) / 2
+    root = np.sqrt(np.maximum(half**2 - det**2, 0))
+    strain = np.abs(np.log(np.maximum(np.stack([half + root, half - root]), 1e-4))).mean() / 2
+    there = grid + flow
+    home = flow + cv2.remap(back, there[..., 0], there[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    vanishing = (np.linalg.norm(home[mask], axis=-1) > 0.05 * size).mean()
+    return residual, strain, (det < 0.2).mean(), vanishing, abs(d.mean()) / size
+
+
+def measure(clip):
+    """All that is measured of one clip (F, C, H, W): a dict of MOTION's and TEXTURE's values, one a pair of frames or a frame, of
+    `outlines`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured. Raises UserError."""
+    import cv2
+    import numpy as np
+
+    if len(clip) < 2:
+        raise UserError("distortion: needs clips of at least 2 frames")
+    clip = np.nan_to_num(np.asarray(clip, dtype=np.float32))
+    video, contrast = scaled_for_measuring(clip)
+    grid = pixel_grid(*contrast.shape[1:])
+    flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    pairs = list(zip(contrast, contrast[1:]))
+    ahead = [flow_without_camera(flow_of, a, b, grid) for a, b in pairs]
+    back = [flow_without_camera(flow_of, b, a, grid) for a, b in pairs]
+    still, (to_next, to_last) = np.zeros(contrast.shape[1:]), (
+        [np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back)
+    )
+    masks, found = subject_masks(video, np.maximum([*to_next, still], [still, *to_last]))
+    areas = masks.sum((1, 2))
+    why, seen = [], areas >= LEAST_SUBJECT_PX
+    if found == "stands out":
+        why.append("no subject told by its motion: found by its colour")
+    out = {"outlines": outlines(masks), "frames": len(masks)}
+    rows = []
+    if seen.any():
+        size = np.sqrt(areas[seen].mean())
+        for i in range(len(pairs)):
+            for (flow, _), (other, _), k in ((ahead[i], back[i], i), (back[i], ahead[i], i + 1)):
+                if seen[k]:
+                    rows.append(non_rigid(flow, other, masks[k], grid, size))
+    else:
+        why.append("no subject: shape and motion not judged")
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 5).T
+    out.update(zip(MOTION, columns))
+    out["speed"] = float(np.median(columns[4])) if rows else 0.0
+    bands = []
+    for picture, mask in zip((contrast.astype(np.float32) - 128) / 42, masks):
+        around = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) == 0
+        around = around if around.sum() > around.size / 10 else np.ones_like(around)
+        levels = [picture] + [cv2.GaussianBlur(picture, (0, 0), s) for s in (1.5, 3, 6)]
+        bands.append([np.log(((a - b)[around] ** 2).mean() ** 0.5 + 1e-2) for a, b in zip(levels, levels[1:])])
+    out.update(zip(TEXTURE, np.array(bands).T))
+    edges = np.abs(np.diff(contrast.astype(np.float32), axis=2))
+    out["sharpness"] = float(np.percentile(edges, 99))
+    out["saturation"] = float((video.max(-1) - video.min(-1)).mean())
+    out["grid"] = grid_energy(clip)
+    out["why"] = tuple(why)
+    return out
+
+
+def grid_energy(clip, period=16):
+    """How much stronger steps between neighbouring pixels are at some places of a period than at others, over what chance
+    gives: about 1 without a grid. clip: array (F, C, H, W) at its own size, where codec and patches together make 16 px."""
+    import numpy as np
+
+    found = []
+    for axis in (2, 3):
+        steps = np.abs(np.diff(clip, axis=axis)).mean((0, 1, 5 - axis))  # (n - 1,)
+        whole = len(steps) // period * period
+        if whole >= 2 * period:
+            folded = steps[:whole].reshape(-1, period)
+            found.append(folded.mean(0).var() * len(folded) / max(folded.var(), 1e-12))
+    return float(np.mean(found)) if found else 1.0
+
+
+def distances(measured, pools, others):
+    """How far one clip lies from reference clips: for each measure the Wasserstein distance between the clip's values and
+    theirs, for the outlines the mean of `unlike`. Measures that the clip lacks are left out."""
+    import numpy as np
+
+    at = (np.arange(32) + 0.5) / 32
+    far = {
+        name: float(np.abs(np.quantile(measured[name], at) - np.quantile(pool, at)).mean())
+        for name, pool in pools.items()
+        if len(measured[name]) and len(pool)
+    }
+    if len(others):  # a frame without a subject is like no outline at all
+        outlined, frames = measured["outlines"], measured["frames"]
+        seen = unlike(outlined, others).sum() if len(outlined) else 0.0
+        far["outlines"] = float(seen + frames - len(outlined)) / frames
+    return far
+
+
+def aspects(far, typical):
+    """Shape, motion and texture from distances: 0 within what reference clips differ, else half the logarithm of 1 + the square
+    of the excess, in units of the reference's own (a Cauchy likelihood: one wild measure does not hide the rest)."""
+    import numpy as np
+
+    excess = {n: max(0.0, far[n] - typical[n][0]) / typical[n][1] for n in far if n in typical}
+    return [
+        float(np.mean([0.5 * math.log1p(excess[n] ** 2) for n in group if n in excess] or [0.0]))
+        for group in (("outlines",), MOTION, TEXTURE)
+    ]
+
+
+def reference_statistics(clips):
+    """Statistics of real clips (each (F, C, H, W) in [0, 1]) for `distortion`. Raises UserError for fewer than 3."""
+    import numpy as np
+
+    if len(clips) < LEAST_REFERENCE:
+        raise UserError(
+            f"distortion: {len(clips)} reference clips; real ones differ, and it takes {LEAST_REFERENCE} to know how much"
+        )
+    measured = [measure(clip) for clip in clips]
+
+    def pooled(those):
+        pools = {name: np.concatenate([m[name] for m in those if name in m]) for name in (*MOTION, *TEXTURE)}
+        return pools, np.concatenate([m["outlines"] for m in those])
+
+    far = [distances(m, *pooled([other for other in measured if other is not m])) for m in measured]
+    typical = {}
+    for name in {name for f in far for name in f}:
+        middle, high = np.quantile([f[name] for f in far if name in f], (0.5, 0.9))
+        typical[name] = (float(middle), max(float(high - middle), 0.1 * float(middle), LEAST_SPREAD[name]))
+    companions = {name: float(np.median([m[name] for m in measured])) for name in COMPANIONS}
+    usual = float(np.median([sum(aspects(f, typical)) for f in far]))
+    return Reference(*pooled(measured), typical, companions, usual)
+
+
+def distortion(clip, reference):
+    """How far a clip lies from real clips of its kind.
+
+    clip: float (F, C, H, W) in [0, 1], any size, at least 2 frames. reference: a list of at least 3 such clips, or what
+    `reference_statistics` made of one. Returns Distortion. Raises UserError.
+    """
+    if not isinstance(reference, Reference):
+        reference = reference_statistics(reference)
+    measured = measure(clip)
+    parts = aspects(distances(measured, reference.pools, reference.outlines), reference.typical)
+    ratios = [measured[name] / max(reference.companions[name], 1e-6) for name in COMPANIONS]
+    return Distortion(max(0.0, sum(parts) - reference.usual), *parts, *ratios, measured["why"])
+
+
+REFERENCE_CLIPS = 32  # as many are enough to know how much real clips differ
+MEASURES = 1  # to be raised when `measure` changes, so that statistics kept in a cache are made again
+
+
+def cached_reference(clips, folder):
+    """`reference_statistics` of up to REFERENCE_CLIPS of some clips (Clip), spread evenly; made once, then kept in `folder`."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+    from tqdm import tqdm
+
+    number = min(len(clips), REFERENCE_CLIPS)
+    clips = [clips[k * len(clips) // number] for k in range(number)]
+    content = [(hashlib.sha256(c.path.read_bytes()).hexdigest(), c.frames, c.height, c.width, c.fps) for c in clips]
+    file = folder / f"reference-{digest(MEASURES, content)}.safetensors"
+    if not is_cached(file, "outlines"):
+        made = reference_statistics([clip.video for clip in tqdm(clips, desc="measuring real clips", unit="clip")])
+        numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"outlines": made.outlines, **made.pools}, str(partial), numbers)
+        os.replace(partial, file)
+    with safe_open(str(file), "numpy") as opened:
+        pools = {name: opened.get_tensor(name) for name in (*MOTION, *TEXTURE)}
+        numbers = {name: json.loads(text) for name, text in opened.metadata().items()}
+        return Reference(pools, opened.get_tensor("outlines"), **numbers)
+
+
+def run_references(config):
+    """What the samples of a run are compared with: validation prompt -> Reference, or None where real clips are too few."""
+    train, heldout, _ = split_clips(config)
+    prompts, found = validation_prompts(config, heldout), {}
+    for folder in set(prompts.values()):
+        clips = train if folder == resolve_path(config.data) else read_clips(folder, *clip_size(config))
+        found[folder] = cached_reference(clips, cache_folder(config)) if len(clips) >= LEAST_REFERENCE else None
+    return {prompt: found[folder] for prompt, folder in prompts.items()}
+
+
+def judge_samples(folder, references):
+    """Distortion of the samples of a run: "before" and "after" -> one a validation prompt, None where it has no reference."""
+    return {
+        when: [
+            reference and distortion(read_video(folder / f"samples/{when}-{k}.mp4"), reference)
+            for k, reference in enumerate(references.values())
+        ]
+        for when in ("before", "after")
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
@@ -1563,6 +1941,7 @@ def train(config, callbacks=()):
         why.append(("optimizer", "after backward, since fp16 gradients must be unscaled all together"))
     with accelerator.main_process_first():
         cache = cache_clips(config, accelerator.device)
+        references = run_references(config)
     gc.collect()  # VAE and T5, whose quantized layers refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -1625,6 +2004,7 @@ def train(config, callbacks=()):
     with trainer.judged():
         save_trained(trainer.transformer, config.method, folder)
     trainer.draw_samples(folder, "after")
+    judged = judge_samples(folder, references)
     summary = {
         "steps": config.steps,
         "loss_first": mean([m["loss"] for m in history[: max(1, len(history) // 10)]]),
@@ -1635,6 +2015,10 @@ def train(config, callbacks=()):
         "steps_per_s": 1 / mean([m["step_s"] for m in history[len(history) // 10 :]]),
         "peak_memory_gib": peak_memory_gib(),
     }
+    for when, found in judged.items():
+        if found and all(found):
+            summary[f"distortion_{when}"] = statistics.median([d.score for d in found])
+            summary[f"motion_{when}"] = statistics.median([d.speed for d in found])
     write_json(folder / "summary.json", summary)
     write_model_card(folder, config, base, summary, list(cache.prompts))
     return Run(folder, config, summary, history)
@@ -1754,6 +2138,16 @@ pipe.load_lora_weights(".")  # this folder; alpha is stored with the weights"""
         ("optimizer", config.optimizer),
         ("learning rate, steps, batch", f"{config.lr:g}, {config.steps}, {config.batch_size}"),
         ("held-out loss before, after", f"{summary['heldout_before']:.4f}, {summary['heldout_after']:.4f}"),
+        *(
+            [
+                (
+                    "distortion of samples before, after",
+                    f"{summary['distortion_before']:.2f}, {summary['distortion_after']:.2f}",
+                )
+            ]
+            if "distortion_after" in summary
+            else []
+        ),
         ("time, peak memory", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"),
     ]
     (folder / "README.md").write_text(
@@ -1783,6 +2177,149 @@ Everything that decided this run is in `config.json`; `python cogvideo_lite.py -
 Made with cogvideo_lite.
 """
     )
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def load_run(folder):
+    """Run of a finished run's folder. Raises UserError."""
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").exists():
+        raise UserError(f"run '{folder}': no config.json there; give the folder of a run")
+    if not (folder / "summary.json").exists():
+        raise UserError(f"run '{folder}': not finished; finish it with --METHOD --resume --out {folder}")
+    summary = json.loads((folder / "summary.json").read_text())
+    return Run(folder, load_config(folder / "config.json"), summary, read_metrics(folder / "metrics.jsonl"))
+
+
+def compare(runs, out=None):
+    """Write one HTML page, with everything inside, that puts finished runs side by side: clips of the same prompts and seeds in
+    step, their distortion with its companions, what differs in the configurations, and curves. Returns its path
+    [runs/compare-TIME.html]. Raises UserError."""
+    runs = [load_run(folder) for folder in runs]
+    names = [run.folder.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    configs = [dataclasses.asdict(run.config) for run in runs]
+    differing = [k for k in configs[0] if k != "out" and len({json.dumps(c[k]) for c in configs}) > 1]
+    shown = ("steps", "heldout_before", "heldout_after", "distortion_before", "distortion_after", "motion_before", "motion_after",
+             "seconds", "peak_memory_gib")  # fmt: skip
+    tables = [(name, [c.get(name) for c in configs]) for name in differing]
+    tables += [(name, [run.summary.get(name) for run in runs]) for name in shown]
+
+    prompts = {}  # prompt -> one cell a column: (label, video file, Distortion or None)
+    for column, run in enumerate(runs):
+        references = run_references(run.config)
+        judged = judge_samples(run.folder, references)
+        for k, prompt in enumerate(references):
+            cells = prompts.setdefault(prompt, [None] * (1 + len(runs)))
+            for at, when, name in ((0, "before", "base"), (column + 1, "after", names[column])):
+                cells[at] = cells[at] or (name, run.folder / f"samples/{when}-{k}.mp4", judged[when][k])
+    out = Path(out).expanduser() if out else Path(f"runs/compare-{datetime.datetime.now():%Y%m%d-%H%M%S}.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(comparison_page(names, tables, prompts, curves(names, runs)), encoding="utf-8")
+    os.replace(partial, out)
+    return out
+
+
+def curves(names, runs):
+    """SVG of loss, held-out loss and update ratio over steps."""
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for name, run in zip(names, runs):
+        steps = [m["step"] for m in run.metrics]
+        width = max(1, len(steps) // 40)
+        for panel, key in zip(panels[::2], ("loss", "update_ratio")):
+            values = [m[key] for m in run.metrics]
+            means = [mean(values[max(0, i - width) : i + 1]) for i in range(len(values))]
+            panel.plot(steps, means, label=name, linewidth=1)
+        measured = [(0, run.summary["heldout_before"])]
+        measured += [(m["step"], m["heldout_loss"]) for m in run.metrics if "heldout_loss" in m]
+        panels[1].plot(*zip(*measured), marker="o", markersize=3, linewidth=1)
+    for panel, title in zip(panels, ("training loss (running mean)", "held-out loss", "update ratio")):
+        panel.set(title=title, xlabel="step")
+        panel.set_yscale("log")
+    panels[0].legend(fontsize=7)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "cogvideo_lite"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue().partition("<svg")[2]
+
+
+def comparison_page(names, tables, prompts, svg):
+    """HTML of `compare`."""
+    import base64
+    from html import escape
+
+    def number(value):
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    def row(cells, tag="td"):
+        return "<tr>" + "".join(f"<{tag}>{escape(number(c))}</{tag}>" for c in cells) + "</tr>"
+
+    def clip(cell):
+        if cell is None:
+            return "<div class=clip>not sampled</div>"
+        name, file, found = cell
+        data = base64.b64encode(file.read_bytes()).decode()
+        told = "not judged: too few real clips to compare with"
+        if found:
+            told = (
+                f"<b>distortion {found.score:.2f}</b>: shape {found.shape:.2f}, motion {found.motion:.2f}, texture {found.texture:.2f}"
+                f"<br>of real clips': speed {found.speed:.2f}, sharpness {found.sharpness:.2f}, saturation {found.saturation:.2f}, "
+                f"grid {found.grid:.2f}" + "".join(f"<br>{escape(why)}" for why in found.unjudged)
+            )
+        video = f'<video muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
+        return f"<div class=clip><div class=name>{escape(name)}</div>{video}<div class=told>{told}</div></div>"
+
+    rows = "".join(
+        f"<h3>{escape(prompt)}</h3><div class=row>{''.join(map(clip, cells))}</div>"
+        for prompt, cells in prompts.items()
+    )
+    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{escape(", ".join(names))}</title>
+<style>
+body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; color: #1b1b1b; background: #fff }}
+table {{ border-collapse: collapse; margin: .6rem 0 }} td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left }}
+.row {{ display: flex; gap: 1rem; flex-wrap: wrap }} .clip {{ width: 15rem }} .name {{ font-weight: 600; overflow-wrap: anywhere }}
+video {{ width: 100%; image-rendering: pixelated; background: #eee }} .told {{ font-size: 12px; color: #444 }}
+.bar {{ position: sticky; top: 0; background: #fff; padding: .5rem 0; z-index: 1; border-bottom: 1px solid #ddd }}
+svg {{ max-width: 100%; height: auto }} h3 {{ margin: 1.2rem 0 .4rem }}
+</style>
+<h1>{len(names)} runs side by side</h1>
+<p>What differs in their configurations, then what came out. Distortion: 0 is like real clips, larger is more bent; speed: how fast
+subjects move, where real ones are 1, so that a frozen clip does not pass for a good one.</p>
+<table>{row(["", *names], "th")}{"".join(row([name, *values]) for name, values in tables)}</table>
+<svg{svg}
+<h2>The same prompts, the same seeds</h2>
+<div class=bar><button id=play>pause</button> <label>frame <input id=at type=range min=0 max=1000 value=0></label>
+<label>speed <input id=speed type=range min=10 max=200 value=100></label></div>
+{rows}
+<script>
+const videos = [...document.querySelectorAll("video")], play = document.getElementById("play"), at = document.getElementById("at");
+const lead = videos[0];
+let running = true;
+function follow() {{
+  if (lead.duration) {{
+    for (const v of videos) if (v !== lead && Math.abs(v.currentTime - lead.currentTime) > 0.07) v.currentTime = lead.currentTime;
+    if (running) at.value = 1000 * lead.currentTime / lead.duration;
+  }}
+  requestAnimationFrame(follow);
+}}
+function set(on) {{ running = on; play.textContent = on ? "pause" : "play"; for (const v of videos) on ? v.play() : v.pause(); }}
+play.onclick = () => set(!running);
+at.oninput = () => {{ set(false); for (const v of videos) v.currentTime = at.value / 1000 * v.duration; }};
+document.getElementById("speed").oninput = e => {{ for (const v of videos) v.playbackRate = e.target.value / 100; }};
+set(true); follow();
+</script></html>
+"""
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -1825,6 +2362,9 @@ def parser():
     action.add_argument(
         "--sample", nargs="+", metavar="PROMPT", help="generate clips, from --run or from --model alone"
     )
+    action.add_argument(
+        "--compare", nargs="+", metavar="RUN", help="one HTML page that puts finished runs side by side"
+    )
     out.add_argument("--run", help="folder of a finished run, for --sample")
     out.add_argument(
         "--config", help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"
@@ -1854,14 +2394,20 @@ def parser():
 def command_line(argv):
     """Do what the command line says. Returns nothing; raises UserError or RunError."""
     given = vars(parser().parse_args(argv))
-    prompts, run, file, method, merged = (given.pop(name) for name in ("sample", "run", "config", "method", "merge"))
+    names = ("sample", "run", "config", "method", "merge", "compare")
+    prompts, run, file, method, merged, compared = (given.pop(name) for name in names)
     if prompts:
         sample_command(prompts, run, given)
         return
     if run:
         raise UserError("--run: only for --sample; a run is continued with --resume --out RUN")
     if merged:
+        only_out(given, "--merge")
         merge_command(merged, given)
+        return
+    if compared:
+        only_out(given, "--compare")
+        print(f"comparison in {compare(compared, given.get('out'))}")
         return
     if given.get("resume") and not file:
         folder = run_folder(Config(method=method, out=given.get("out"), resume=True))
@@ -1886,15 +2432,19 @@ def command_line(argv):
     print(
         f"held-out loss {s['heldout_before']:.4f} -> {s['heldout_after']:.4f} in {s['seconds']:.0f} s, peak {s['peak_memory_gib']:.1f} GiB"
     )
+    if "distortion_after" in s:
+        print(f"distortion of the samples {s['distortion_before']:.2f} -> {s['distortion_after']:.2f} (0: like real clips), "
+              f"speed of their subjects {s['motion_before']:.2f} -> {s['motion_after']:.2f} of real ones'")  # fmt: skip
     print(f"see {result.folder / 'samples' / 'contact_sheet.png'}")
     print(f"results in {result.folder}")
 
 
-def merge_command(run, given):
+def only_out(given, action):
     if set(given) - {"out"}:
-        raise UserError(
-            f"--{sorted(set(given) - {'out'})[0].replace('_', '-')}: not for --merge, which takes --out only"
-        )
+        raise UserError(f"--{min(set(given) - {'out'}).replace('_', '-')}: not for {action}, which takes --out only")
+
+
+def merge_command(run, given):
     out = given.get("out") or Path(run) / "merged"
     told = merge(run, out)
     print(f"merged into {told['dtype']}: rounding takes {100 * told['rounding']:.2g} % of the adapter's change (norm), and leaves "

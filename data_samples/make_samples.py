@@ -406,7 +406,12 @@ def make_clips():
     )
     # What the base knows, to compare samples of the prompts away from the concept with; no clip is of those prompts.
     rows = rows_in_turn([row for row in combinations()[0] if row[0] == "spider"], 16, 35)
-    rows += [row for c in CREATURES if c != "spider" for row in rows_in_turn([r for r in combinations()[0] if r[0] == c], 6, 36)]
+    rows += [
+        row
+        for c in CREATURES
+        if c != "spider"
+        for row in rows_in_turn([r for r in combinations()[0] if r[0] == c], 6, 36)
+    ]
     write_clips(HERE / "away", random_scenes(rows, 35), [caption(*row) for row in rows])
     away = rows_in_turn([row for row in combinations()[1] if row[0] == "spider"], 4, 33)
     away += [

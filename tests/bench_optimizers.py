@@ -120,7 +120,7 @@ def main():
         def draw_samples(self, *rest):  # nobody looks at them here
             pass
 
-    cl.Trainer = Trainer
+    cl.Trainer, cl.run_references = Trainer, lambda config: {}
     start = load_file(str(cl.HERE / "data_samples/cogvideox-nano/transformer/diffusion_pytorch_model.safetensors"))
     runs, changes = [], {}
     for seed in range(args.seeds):

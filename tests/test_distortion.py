@@ -1,0 +1,143 @@
+"""The distortion score against changes of known size, drawn by notebooks/study.py, and the page that compares runs.
+
+`python notebooks/study.py validate` is the long form: every strength, more clips.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import cogvideo_lite as cl
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import make_samples  # noqa: E402
+import study  # noqa: E402
+
+CLIPS = 5
+
+
+@pytest.fixture(scope="module")
+def kumo():
+    """(statistics of real clips, held-out real clips, masks, scenes)."""
+    reference, heldout, masks, scenes = study.concept_world(CLIPS)
+    return cl.reference_statistics(reference[:24]), heldout, masks, scenes
+
+
+@pytest.fixture(scope="module")
+def clean(kumo):
+    return [cl.distortion(clip, kumo[0]).score for clip in kumo[1]]
+
+
+@pytest.mark.parametrize("name", study.DISTORTIONS)
+def test_a_distortion_of_middle_strength_scores_higher_than_real_clips(kumo, clean, name):
+    reference, heldout, masks, _ = kumo
+    change, strengths = study.DISTORTIONS[name]
+    scores = [
+        cl.distortion(change(clip, strengths[2], np.random.default_rng(i), masks[i]), reference).score
+        for i, clip in enumerate(heldout)
+    ]
+    assert study.auc(scores, clean) >= 0.95
+
+
+def test_missing_legs_score_higher_the_more_there_are(kumo, clean):
+    reference, _, _, scenes = kumo
+    medians = [float(np.median(clean))]
+    for number in (3, 7):
+        lame = dataclasses.replace(scenes, species=[study.without_legs("kumo", number)] * CLIPS)
+        medians.append(float(np.median([cl.distortion(clip, reference).score for clip in study.drawn(lame)[0]])))
+    assert medians == sorted(medians) and medians[1] > medians[0] + 0.5
+
+
+@pytest.mark.parametrize("name", study.HARMLESS)
+def test_a_harmless_change_hardly_moves_the_score(kumo, clean, name):
+    reference, heldout, _, _ = kumo
+    scores = [cl.distortion(study.HARMLESS[name](clip), reference).score for clip in heldout]
+    assert abs(np.median(scores) - np.median(clean)) < 0.2  # distortions of middle strength move it by 2
+
+
+def test_a_frozen_clip_is_told_by_its_speed(kumo):
+    reference, heldout, _, _ = kumo
+    frozen = np.repeat(heldout[0][8:9], 17, axis=0)
+    assert cl.distortion(frozen, reference).speed < 0.1 < 0.5 < cl.distortion(heldout[0], reference).speed
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        torch.zeros(17, 3, 64, 64), torch.ones(2, 3, 16, 40), torch.rand(5, 3, 33, 47, generator=torch.manual_seed(0)),
+        torch.full((3, 3, 64, 64), math.nan), torch.rand(9, 3, 100, 20, generator=torch.manual_seed(1)),
+    ],
+    ids=["black", "white, two frames", "noise", "not a number", "tall"],
+)  # fmt: skip
+def test_every_clip_gets_a_finite_score_and_one_that_shows_no_subject_a_high_one(kumo, clip):
+    found = cl.distortion(clip, kumo[0])
+    numbers = [v for v in dataclasses.astuple(found) if isinstance(v, float)]
+    assert len(numbers) == 8 and all(map(math.isfinite, numbers))
+    assert found.score > 1 and found.unjudged
+
+
+def test_a_list_of_clips_serves_as_reference_too_and_the_cache_gives_back_the_same(kumo, tmp_path):
+    clips = cl.read_clips("data_samples/spider")[:4]
+    whole, clip = cl.cached_reference(clips, tmp_path), kumo[1][0]
+    again = cl.cached_reference(clips, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    listed = cl.distortion(clip, [c.video for c in clips])
+    assert listed == cl.distortion(clip, whole) == cl.distortion(clip, again)
+
+
+def test_what_cannot_be_judged_is_refused_in_one_line(kumo):
+    with pytest.raises(cl.UserError, match="at least 2 frames"):
+        cl.distortion(kumo[1][0][:1], kumo[0])
+    with pytest.raises(cl.UserError, match="2 reference clips"):
+        cl.distortion(kumo[1][0], kumo[1][:2])
+
+
+def test_lines_every_16_px_are_a_grid_and_a_lone_step_is_none():
+    y = torch.arange(96)
+    lines = (y % 16 == 0).float()
+    grid = 0.5 + 0.2 * torch.maximum(lines[:, None], lines[None])
+    assert cl.grid_energy(grid.expand(2, 3, 96, 96).numpy()) > 3
+    assert cl.grid_energy((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) < 3
+
+
+def test_the_concept_score_knows_kumo_from_a_plain_spider():
+    rows = [("kumo", "yellow", "left", "water"), ("spider", "red", "left", "water"), ("spider", "purple", "up", "sand")]
+    video = make_samples.render(make_samples.random_scenes(rows, 3))[0].float() / 255
+    kumo, *others = (make_samples.concept_score(clip) for clip in video)
+    assert kumo > 0.85 and max(others) < 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_reports_distortion_and_motion_before_and_after(quick):
+    run = cl.train(quick())
+    for name in ("distortion_before", "distortion_after", "motion_before", "motion_after"):
+        assert math.isfinite(run.summary[name])
+    assert "distortion of samples" in (run.folder / "README.md").read_text()
+    assert cl.load_run(run.folder).summary == run.summary
+
+
+def test_runs_are_compared_on_one_page_that_needs_nothing_else(quick, tmp_path, capsys):
+    runs = [cl.train(quick(out=str(tmp_path / name), lr=lr)).folder for name, lr in (("low", 1e-4), ("high", 1e-2))]
+    page = tmp_path / "page.html"
+    assert cl.main(["--compare", *map(str, runs), "--out", str(page)]) == 0
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text()
+    assert text.count("<video") == 3  # the base and two runs, one prompt
+    assert not re.findall(r"(?:src|href)=[\"']?(?!data:|#)\w+", text.partition("<script>")[0])
+    assert "<td>lr</td><td>0.0001</td><td>0.01</td>" in text and "distortion_after" in text and "<svg" in text
+
+
+def test_an_unfinished_run_is_not_compared(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert cl.main(["--compare", str(tmp_path)]) == 2
+    assert "not finished" in capsys.readouterr().err
+    assert cl.main(["--compare", str(tmp_path / "none")]) == 2
