@@ -1548,10 +1548,10 @@ def unlike(some, others):
 
 
 def non_rigid(flow, back, mask, grid, size):
-    """What a shift, turn and zoom does not explain of a subject's flow (h, w, 2): MOTION's four measures, and its speed.
+    """What a shift, turn and zoom does not explain of a subject's flow (h, w, 2): MOTION's four measures.
 
-    residual: root mean square, in subject sizes. strain: mean |log| of the stretch along and across (singular values of the
-    flow's Jacobian). folding: share of the subject turned inside out, or nearly so. vanishing: share whose flow there and
+    residual: root mean square, in subject sizes. strain: half the mean log of the stretch along over that across (singular
+    values of the flow's Jacobian). folding: share of the subject turned inside out, or nearly so. vanishing: share whose flow there and
     back does not meet.
     """
     import cv2
@@ -1561,18 +1561,22 @@ def non_rigid(flow, back, mask, grid, size):
     inner = inner if inner.sum() >= LEAST_SUBJECT_PX // 2 else mask
     (x, y), (dx, dy) = grid[inner].T, flow[inner].T
     z, d = x - x.mean() + 1j * (y - y.mean()), dx + 1j * dy
-    turn = (z.conj() * d).sum() / max(float((abs(z) ** 2).sum()), 1e-6)  # least squares; a similarity is turn * z + shift
+    turn = (z.conj() * d).sum() / max(
+        float((abs(z) ** 2).sum()), 1e-6
+    )  # least squares; a similarity is turn * z + shift
     residual = np.sqrt((abs(d - d.mean() - turn * z) ** 2).mean()) / size
     smooth = cv2.GaussianBlur(flow, (0, 0), 1.5)
     (xy, xx), (yy, yx) = (np.gradient(smooth[..., k]) for k in (0, 1))
     a, b, c, e = 1 + xx[inner], xy[inner], yx[inner], 1 + yy[inner]
     det, half = a * e - b * c, (a * a + b * b + c * c + e * e) / 2
     root = np.sqrt(np.maximum(half**2 - det**2, 0))
-    strain = np.abs(np.log(np.maximum(np.stack([half + root, half - root]), 1e-4))).mean() / 2
+    strain = (
+        np.log((half + root) / np.maximum(half - root, 1e-2)).mean() / 4
+    )  # 0 for a zoom, which stretches both alike
     there = grid + flow
     home = flow + cv2.remap(back, there[..., 0], there[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     vanishing = (np.linalg.norm(home[mask], axis=-1) > 0.05 * size).mean()
-    return residual, strain, (det < 0.2).mean(), vanishing, abs(d.mean()) / size
+    return residual, strain, (det < 0.2).mean(), vanishing
 
 
 def measure(clip):
@@ -1583,15 +1587,16 @@ def measure(clip):
 
     if len(clip) < 2:
         raise UserError("distortion: needs clips of at least 2 frames")
-    clip = np.nan_to_num(np.asarray(clip, dtype=np.float32))
+    clip = np.nan_to_num(np.asarray(clip, dtype=np.float32)).clip(0, 1)
     video, contrast = scaled_for_measuring(clip)
     grid = pixel_grid(*contrast.shape[1:])
     flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     pairs = list(zip(contrast, contrast[1:]))
     ahead = [flow_without_camera(flow_of, a, b, grid) for a, b in pairs]
     back = [flow_without_camera(flow_of, b, a, grid) for a, b in pairs]
-    still, (to_next, to_last) = np.zeros(contrast.shape[1:]), (
-        [np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back)
+    still, (to_next, to_last) = (
+        np.zeros(contrast.shape[1:]),
+        ([np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back)),
     )
     masks, found = subject_masks(video, np.maximum([*to_next, still], [still, *to_last]))
     areas = masks.sum((1, 2))
@@ -1603,11 +1608,12 @@ def measure(clip):
     if seen.any():
         size = np.sqrt(areas[seen].mean())
         for i in range(len(pairs)):
-            for (flow, _), (other, _), k in ((ahead[i], back[i], i), (back[i], ahead[i], i + 1)):
-                if seen[k]:
-                    rows.append(non_rigid(flow, other, masks[k], grid, size))
+            for (flow, own), (other, _), k in ((ahead[i], back[i], i), (back[i], ahead[i], i + 1)):
+                if seen[k]:  # its speed is that against its surroundings, without the camera's
+                    speed = np.linalg.norm(own[masks[k]].mean(0)) / size
+                    rows.append((*non_rigid(flow, other, masks[k], grid, size), speed))
     else:
-        why.append("no subject: shape and motion not judged")
+        why.append("no subject: counts as an outline like no other; motion not judged")
     columns = np.array(rows, dtype=np.float64).reshape(-1, 5).T
     out.update(zip(MOTION, columns))
     out["speed"] = float(np.median(columns[4])) if rows else 0.0
@@ -1672,14 +1678,15 @@ def aspects(far, typical):
 
 
 def reference_statistics(clips):
-    """Statistics of real clips (each (F, C, H, W) in [0, 1]) for `distortion`. Raises UserError for fewer than 3."""
+    """Statistics of real clips (each (F, C, H, W) in [0, 1]; any iterable, of which one at a time is kept) for `distortion`.
+    Raises UserError for fewer than 3."""
     import numpy as np
 
-    if len(clips) < LEAST_REFERENCE:
-        raise UserError(
-            f"distortion: {len(clips)} reference clips; real ones differ, and it takes {LEAST_REFERENCE} to know how much"
-        )
     measured = [measure(clip) for clip in clips]
+    if len(measured) < LEAST_REFERENCE:
+        raise UserError(
+            f"distortion: {len(measured)} reference clips; real ones differ, and it takes {LEAST_REFERENCE} to know how much"
+        )
 
     def pooled(those):
         pools = {name: np.concatenate([m[name] for m in those if name in m]) for name in (*MOTION, *TEXTURE)}
@@ -1705,26 +1712,34 @@ def distortion(clip, reference):
         reference = reference_statistics(reference)
     measured = measure(clip)
     parts = aspects(distances(measured, reference.pools, reference.outlines), reference.typical)
-    ratios = [measured[name] / max(reference.companions[name], 1e-6) for name in COMPANIONS]
-    return Distortion(max(0.0, sum(parts) - reference.usual), *parts, *ratios, measured["why"])
+    ratios = [measured[name] / max(reference.companions[name], 0.01) for name in COMPANIONS]
+    why = measured["why"]
+    if "outlines" not in reference.typical:
+        why += ("the reference shows no subject: shape not judged",)
+    return Distortion(max(0.0, sum(parts) - reference.usual), *parts, *ratios, why)
 
 
 REFERENCE_CLIPS = 32  # as many are enough to know how much real clips differ
 MEASURES = 1  # to be raised when `measure` changes, so that statistics kept in a cache are made again
 
 
+def spread(clips):
+    """Up to REFERENCE_CLIPS of a list, evenly."""
+    number = min(len(clips), REFERENCE_CLIPS)
+    return [clips[k * len(clips) // number] for k in range(number)]
+
+
 def cached_reference(clips, folder):
-    """`reference_statistics` of up to REFERENCE_CLIPS of some clips (Clip), spread evenly; made once, then kept in `folder`."""
+    """`reference_statistics` of the `spread` of some clips (Clip); made once, then kept in `folder`."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
     from tqdm import tqdm
 
-    number = min(len(clips), REFERENCE_CLIPS)
-    clips = [clips[k * len(clips) // number] for k in range(number)]
+    clips = spread(clips)
     content = [(hashlib.sha256(c.path.read_bytes()).hexdigest(), c.frames, c.height, c.width, c.fps) for c in clips]
     file = folder / f"reference-{digest(MEASURES, content)}.safetensors"
     if not is_cached(file, "outlines"):
-        made = reference_statistics([clip.video for clip in tqdm(clips, desc="measuring real clips", unit="clip")])
+        made = reference_statistics(clip.video for clip in tqdm(clips, desc="measuring real clips", unit="clip"))
         numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -1737,24 +1752,32 @@ def cached_reference(clips, folder):
 
 
 def run_references(config):
-    """What the samples of a run are compared with: validation prompt -> Reference, or None where real clips are too few."""
+    """What the samples of a run are compared with: validation prompt -> Reference, or None, and why is printed, where that cannot be."""
     train, heldout, _ = split_clips(config)
     prompts, found = validation_prompts(config, heldout), {}
-    for folder in set(prompts.values()):
-        clips = train if folder == resolve_path(config.data) else read_clips(folder, *clip_size(config))
-        found[folder] = cached_reference(clips, cache_folder(config)) if len(clips) >= LEAST_REFERENCE else None
+    for folder in dict.fromkeys(prompts.values()):
+        try:
+            if config.frames < 2:
+                raise UserError("stills have no motion")
+            clips = train if folder == resolve_path(config.data) else read_clips(folder, *clip_size(config))
+            found[folder] = cached_reference(clips, cache_folder(config))
+        except UserError as error:  # no reason not to train
+            found[folder] = None
+            print(f"distortion: samples will not be compared with the clips of {folder}: {error}", flush=True)
     return {prompt: found[folder] for prompt, folder in prompts.items()}
 
 
 def judge_samples(folder, references):
-    """Distortion of the samples of a run: "before" and "after" -> one a validation prompt, None where it has no reference."""
-    return {
-        when: [
-            reference and distortion(read_video(folder / f"samples/{when}-{k}.mp4"), reference)
-            for k, reference in enumerate(references.values())
-        ]
-        for when in ("before", "after")
-    }
+    """Write samples/distortion.json: a row a validation prompt, with the fields of Distortion for "before" and "after", or null where
+    it has no reference. Returns the rows."""
+    rows = []
+    for k, (prompt, reference) in enumerate(references.items()):
+        rows.append({"prompt": prompt})
+        for when in ("before", "after"):
+            clip = read_video(folder / f"samples/{when}-{k}.mp4") if reference else None
+            rows[-1][when] = dataclasses.asdict(distortion(clip, reference)) if reference else None
+    write_json(folder / "samples/distortion.json", rows)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -1941,7 +1964,7 @@ def train(config, callbacks=()):
         why.append(("optimizer", "after backward, since fp16 gradients must be unscaled all together"))
     with accelerator.main_process_first():
         cache = cache_clips(config, accelerator.device)
-        references = run_references(config)
+        references = run_references(config) if main else None
     gc.collect()  # VAE and T5, whose quantized layers refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -2004,7 +2027,6 @@ def train(config, callbacks=()):
     with trainer.judged():
         save_trained(trainer.transformer, config.method, folder)
     trainer.draw_samples(folder, "after")
-    judged = judge_samples(folder, references)
     summary = {
         "steps": config.steps,
         "loss_first": mean([m["loss"] for m in history[: max(1, len(history) // 10)]]),
@@ -2015,10 +2037,11 @@ def train(config, callbacks=()):
         "steps_per_s": 1 / mean([m["step_s"] for m in history[len(history) // 10 :]]),
         "peak_memory_gib": peak_memory_gib(),
     }
-    for when, found in judged.items():
-        if found and all(found):
-            summary[f"distortion_{when}"] = statistics.median([d.score for d in found])
-            summary[f"motion_{when}"] = statistics.median([d.speed for d in found])
+    write_json(folder / "summary.json", summary)  # the run is finished, whatever comes of judging it
+    judged = [row for row in judge_samples(folder, references) if row["after"]]
+    for when in ("before", "after") if judged else ():
+        summary[f"distortion_{when}"] = statistics.median(row[when]["score"] for row in judged)
+        summary[f"motion_{when}"] = statistics.median(row[when]["speed"] for row in judged)
     write_json(folder / "summary.json", summary)
     write_model_card(folder, config, base, summary, list(cache.prompts))
     return Run(folder, config, summary, history)
@@ -2208,14 +2231,18 @@ def compare(runs, out=None):
     tables = [(name, [c.get(name) for c in configs]) for name in differing]
     tables += [(name, [run.summary.get(name) for run in runs]) for name in shown]
 
-    prompts = {}  # prompt -> one cell a column: (label, video file, Distortion or None)
+    prompts = {}  # prompt -> one cell a column, the first that of the base: (label, video file, Distortion or None)
     for column, run in enumerate(runs):
-        references = run_references(run.config)
-        judged = judge_samples(run.folder, references)
-        for k, prompt in enumerate(references):
-            cells = prompts.setdefault(prompt, [None] * (1 + len(runs)))
-            for at, when, name in ((0, "before", "base"), (column + 1, "after", names[column])):
-                cells[at] = cells[at] or (name, run.folder / f"samples/{when}-{k}.mp4", judged[when][k])
+        judged = run.folder / "samples/distortion.json"
+        if not judged.exists():
+            raise UserError(
+                f"run '{run.folder}': its samples were not judged; finish it with --METHOD --resume --out {run.folder}"
+            )
+        for k, row in enumerate(json.loads(judged.read_text())):
+            cells = prompts.setdefault(row["prompt"], [None] * (1 + len(runs)))
+            for at, when, name in ((0, "before", f"before ({names[column]})"), (column + 1, "after", names[column])):
+                found = Distortion(**row[when]) if row[when] else None
+                cells[at] = cells[at] or (name, run.folder / f"samples/{when}-{k}.mp4", found)
     out = Path(out).expanduser() if out else Path(f"runs/compare-{datetime.datetime.now():%Y%m%d-%H%M%S}.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -2293,9 +2320,10 @@ video {{ width: 100%; image-rendering: pixelated; background: #eee }} .told {{ f
 .bar {{ position: sticky; top: 0; background: #fff; padding: .5rem 0; z-index: 1; border-bottom: 1px solid #ddd }}
 svg {{ max-width: 100%; height: auto }} h3 {{ margin: 1.2rem 0 .4rem }}
 </style>
-<h1>{len(names)} runs side by side</h1>
+<h1>Runs side by side</h1>
 <p>What differs in their configurations, then what came out. Distortion: 0 is like real clips, larger is more bent; speed: how fast
-subjects move, where real ones are 1, so that a frozen clip does not pass for a good one.</p>
+subjects move, where real ones are 1, so that a frozen clip does not pass for a good one. Each run is compared with its own real
+clips: scores of runs on other data are in other units.</p>
 <table>{row(["", *names], "th")}{"".join(row([name, *values]) for name, values in tables)}</table>
 <svg{svg}
 <h2>The same prompts, the same seeds</h2>
