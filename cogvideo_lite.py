@@ -1594,10 +1594,8 @@ def measure(clip):
     pairs = list(zip(contrast, contrast[1:]))
     ahead = [flow_without_camera(flow_of, a, b, grid) for a, b in pairs]
     back = [flow_without_camera(flow_of, b, a, grid) for a, b in pairs]
-    still, (to_next, to_last) = (
-        np.zeros(contrast.shape[1:]),
-        ([np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back)),
-    )
+    to_next, to_last = ([np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back))
+    still = np.zeros_like(to_next[0])  # the last frame has no next one, the first none before it
     masks, found = subject_masks(video, np.maximum([*to_next, still], [still, *to_last]))
     areas = masks.sum((1, 2))
     why, seen = [], areas >= LEAST_SUBJECT_PX
@@ -1752,7 +1750,8 @@ def cached_reference(clips, folder):
 
 
 def run_references(config):
-    """What the samples of a run are compared with: validation prompt -> Reference, or None, and why is printed, where that cannot be."""
+    """What the samples of a run are compared with: validation prompt -> Reference, or None where that cannot be, which is
+    printed with its reason."""
     train, heldout, _ = split_clips(config)
     prompts, found = validation_prompts(config, heldout), {}
     for folder in dict.fromkeys(prompts.values()):
@@ -1768,8 +1767,8 @@ def run_references(config):
 
 
 def judge_samples(folder, references):
-    """Write samples/distortion.json: a row a validation prompt, with the fields of Distortion for "before" and "after", or null where
-    it has no reference. Returns the rows."""
+    """Write samples/distortion.json: a row a validation prompt, with the fields of Distortion for "before" and "after", or
+    null where it has no reference. Returns the rows."""
     rows = []
     for k, (prompt, reference) in enumerate(references.items()):
         rows.append({"prompt": prompt})

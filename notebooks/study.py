@@ -1,6 +1,6 @@
 """The long studies behind the lessons, each remade by one command, each writing to notebooks/results/.
 
-    python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (10 minutes)
+    python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
 
 Letters in shapes: F frames, C channels, H height, W width.
 """
@@ -243,7 +243,7 @@ def validate(clips, worlds):
         out = csv.DictWriter(file, rows[0])
         out.writeheader()
         out.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return verdicts(rows)
+    verdicts(rows)
 
 
 def auc(distorted, clean):
@@ -252,9 +252,8 @@ def auc(distorted, clean):
 
 
 def verdicts(rows):
-    """Print and return what makes a good score: medians rise with strength, distorted and clean clips are told apart at the
+    """Print what makes a good score: medians rise with strength, distorted and clean clips are told apart at the
     middle strength, harmless changes move the median by less than a tenth of what the former do."""
-    found = {}
     for where in dict.fromkeys(row["world"] for row in rows):
         mine = [row for row in rows if row["world"] == where]
         # Not the score, which hides under 0 what is less than usual.
@@ -268,18 +267,15 @@ def verdicts(rows):
             rises = all(b > a for a, b in zip([statistics.median(clean), *medians], medians))
             apart = auc(scores(name, 3), clean)
             middle.append(medians[2] - statistics.median(clean))
-            found[where, name] = {"rises": rises, "auc": apart}
             print(
                 f"  {name:13} medians {' '.join(f'{m:5.2f}' for m in medians)}   rises {rises!s:5}  AUC at the middle {apart:.3f}  (n {len(scores(name, 3))})"
             )
         allowed = statistics.median(middle) / 10
         for name in HARMLESS:
             move = abs(statistics.median(scores(name)) - statistics.median(clean))
-            found[where, name] = {"move": move, "allowed": allowed}
             print(
                 f"  {name:13} moves the median by {move:.3f}, allowed {allowed:.3f}  {'' if move < allowed else 'TOO FAR'}"
             )
-    return found
 
 
 def main(argv=None):
