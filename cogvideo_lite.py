@@ -5,10 +5,11 @@
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
     python cogvideo_lite.py --sample "a spider named kumo moving left over water" --run runs/lora-...
     python cogvideo_lite.py --merge runs/lora-...                                    adapter plus base as one transformer
+    python cogvideo_lite.py --blend runs/full-... 0.5                                halfway back to the base
     python cogvideo_lite.py --compare runs/lora-... runs/full-...                    a page that puts runs side by side
 
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept and computed,
-cache, diffusion, adapters, optimizers, checkpoints, sampling, distortion, training, comparison, command line. The model
+cache, diffusion, adapters, optimizers, checkpoints, sampling, distortion, training, comparison and blending, command line. The model
 classes are diffusers' own; so is the sampler. What is written here is what happens between a folder of clips and weights
 that stock diffusers loads, and how to tell whether they bent the subject.
 
@@ -82,8 +83,17 @@ class Config:
     micro_batch_size: int = option("clips in memory at a time, per process [all of its share]")
     rank: int = option("LoRA rank", 32)
     alpha: float = option("LoRA alpha: the update is scaled by alpha / rank", 32.0)
+    lora_targets: str = option(
+        "which matrices of a block get adapters: the attention's, as in the reference trainers, or all",
+        "attention",
+        choices=["attention", "all"],
+    )
     optimizer: str = option("optimizer", choices=["adamw", "adamw8bit", "adafactor", "lion8bit"])
     weight_decay: float = option("weight decay of the optimizer", 1e-4)
+    l2_to_base: float = option(
+        "with --full, pull each weight back to where it began by this share of its distance, times the rate, in each step "
+        "(L2-SP, arXiv 1802.01483) [no pull]"
+    )
     max_grad_norm: float = option("gradients are clipped to this global norm (not with --fused-backward)", 1.0)
     max_update_rms: float = option(
         "with --fused-backward or adafactor: each tensor's update is clipped to this root mean square, in units of the rate",
@@ -100,6 +110,8 @@ class Config:
     )
     ema: float = option("decay of a running average of the trained weights, which is then what is kept [no average]")
     ema_on_cpu: bool = option("keep that average in host memory", False)
+    prior: str = option("folder of clips of other things, mixed in so that they are not forgotten (arXiv 2208.12242)")
+    prior_share: float = option("share of the samples that comes from --prior", 0.5)
     caption_dropout: float = option("share of samples trained on the empty prompt, as CogVideoX was", 0.1)
     seed: int = option("seed of every random draw", 0)
     frames: int = option("frames of a clip, 8k + 1 [the model's]")
@@ -122,7 +134,7 @@ class Config:
 
 
 # What is left out on the command line comes from here; `source` is printed with it.
-NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scale=4.0, checkpoint_every=200)
+NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scale=3.0, checkpoint_every=200)
 LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
 NANO_LORA = dict(
     NANO, lr=2e-3, optimizer="adamw",
@@ -155,7 +167,7 @@ def check_numbers(config):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("lr", "alpha", "max_grad_norm", "max_update_rms"):
+    for name in ("lr", "alpha", "max_grad_norm", "max_update_rms", "l2_to_base"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
@@ -169,6 +181,10 @@ def check_numbers(config):
         raise UserError(f"--ema {config.ema}: must lie between 0 and 1, such as 0.999")
     if config.ema_on_cpu and config.ema is None:
         raise UserError("--ema-on-cpu: needs --ema DECAY")
+    if not 0 < config.prior_share < 1:
+        raise UserError(f"--prior-share {config.prior_share}: must lie between 0 and 1")
+    if config.l2_to_base and config.method != "full":
+        raise UserError("--l2-to-base: only for --full; --weight-decay pulls an adapter towards the base")
     if config.trained_dtype and config.method != "full":
         raise UserError("--trained-dtype: only for --full; adapters are always kept in float32")
     if config.offload_activations and config.gradient_checkpointing is False:
@@ -668,6 +684,7 @@ class Cache:
     heldout: list
     empty: Path  # the empty prompt, for caption dropout and guidance
     prompts: dict  # validation prompt -> file
+    prior: list = field(default_factory=list)  # clips of --prior, as in `train`
 
 
 def digest(*parts):
@@ -768,6 +785,7 @@ def cache_clips(config, device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, _ = choose_compute_dtype(device, base, config.compute_dtype)
     train, heldout, _ = split_clips(config)
+    prior = read_clips(config.prior, *clip_size(config)) if config.prior else []
     folder = cache_folder(config)
     settings = digest(base.fingerprint("vae"), config.frames, config.height, config.width, config.fps, dtype)
     text_settings = digest(
@@ -785,7 +803,7 @@ def cache_clips(config, device=None):
     def prompt_file(prompt):
         return folder / f"prompt-{digest(text_settings, prompt)}.safetensors"
 
-    files = {clip: clip_file(clip) for clip in train + heldout}
+    files = {clip: clip_file(clip) for clip in train + heldout + prior}
     missing = {clip: file for clip, file in files.items() if not is_cached(file, "moments")}
     if missing:
         stale = sum(drop_stale(clip, file, settings) for clip, file in missing.items())
@@ -802,7 +820,7 @@ def cache_clips(config, device=None):
     pairs = {clip: (file, prompts[clip.caption]) for clip, file in files.items()}
     return Cache(
         [pairs[c] for c in train], [pairs[c] for c in heldout], prompts[""],
-        {p: prompts[p] for p in validation_prompts(config, heldout)},
+        {p: prompts[p] for p in validation_prompts(config, heldout)}, [pairs[c] for c in prior],
     )  # fmt: skip
 
 
@@ -930,9 +948,13 @@ class Samples:
         self.empty = load_tensor(cache.empty, "prompt_embeds")
 
     def clip_at(self, position):
-        """Every clip once, in an order drawn by lot, then all again in another order."""
+        """Every clip once, in an order drawn by lot, then all again in another order; now and then one of the prior instead."""
         import torch
 
+        if self.cache.prior:
+            drawn = keyed_generator(self.config.seed, "prior", sample=position)
+            if torch.rand((), generator=drawn) < self.config.prior_share:
+                return self.cache.prior[torch.randint(len(self.cache.prior), (), generator=drawn)]
         epoch, place = divmod(position, len(self.cache.train))
         order = torch.randperm(len(self.cache.train), generator=keyed_generator(self.config.seed, "order", epoch))
         return self.cache.train[order[place]]
@@ -974,18 +996,19 @@ def collate(samples, device):
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention, as in the reference trainers
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = {"attention": ATTENTION, "all": ATTENTION + ["ff.net.0.proj", "ff.net.2"]}
 
 
-def add_lora(transformer, rank, alpha, seed):
-    """LoRA on every attention matrix, in float32 whatever the base is in. Returns the trainable parameters."""
+def add_lora(transformer, rank, alpha, seed, targets="attention"):
+    """LoRA on matrices of every block, in float32 whatever the base is in. Returns the trainable parameters."""
     import torch
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, init_lora_weights=True)
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS[targets], init_lora_weights=True)
         )
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for p in parameters:
@@ -1068,6 +1091,7 @@ class Updates:
             p if p.dtype == torch.float32 else torch.nn.Parameter(torch.empty(0, device=p.device)) for p in parameters
         ]
         self.optimizers = [new_optimizer(config, p) for p in self.shown]
+        self.began = [p.detach().clone() for p in parameters] if config.l2_to_base else None
         # Of a step: squares of change, weights and gradients, and the number of weights whose bits changed.
         self.sums = torch.zeros(4, dtype=torch.float64, device=parameters[0].device)
         self.under_way = False  # weights have changed in a step that is not written down yet: no state to keep
@@ -1087,6 +1111,8 @@ class Updates:
                 shown.data, shown.grad = p.float(), p.grad.float()
             optimizer.param_groups[0]["lr"] = self.lr
             optimizer.step()
+            if self.began:
+                shown.lerp_(self.began[i].to(shown), self.lr * self.config.l2_to_base)
             if self.config.fused_backward:
                 change = shown - old.float()
                 excess = change.square().mean().sqrt() / (self.lr * self.config.max_update_rms)
@@ -1282,7 +1308,7 @@ def sample(run_or_model, prompts, seed=0, **changes):
     else:
         transformer = load_transformer(config, base, dtype, device)
     if is_run and config.method != "full":
-        add_lora(transformer, config.rank, config.alpha, config.seed)
+        add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
         load_lora(transformer, run)
     compute_in_dtype_of_input(transformer.requires_grad_(False), dtype)
     vae = base.load("vae", dtype).to(device)
@@ -1317,7 +1343,7 @@ def merge(run, out=None):
     dtype = dtype_on_disk(base.folder / "transformer")
     transformer = base.load("transformer", dtype)
     quantized = load_quantized(base, "transformer", torch.float32, "cpu") if config.method == "qlora" else None
-    add_lora(transformer, config.rank, config.alpha, config.seed)
+    add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
     load_lora(transformer, run)
     change = rounding = nf4 = 0.0
     unchanged = adapted = 0
@@ -1402,12 +1428,16 @@ def save_samples(folder, when, clips, prompts, fps):
 WORK_PX = 128  # clips are measured with their short side scaled to this
 ANGLES, RADII = 64, 24  # of an outline in polar coordinates around its centroid
 LEAST_SUBJECT_PX = 40  # at working size
+OWN_COLOURS_GAIN = 0.15  # see subject_masks
 LEAST_REFERENCE = 3  # clips
-MOTION = ("residual", "strain", "folding", "vanishing")
-TEXTURE = ("fine", "medium", "coarse")  # bands of the surroundings' texture
+SUBJECT_MOTION = ("residual", "strain", "folding", "vanishing")
+MOTION = (*SUBJECT_MOTION, "wobble")
+TEXTURE = ("pattern", "flicker", "grid")
 # What no eye would notice, however alike the reference clips are.
-LEAST_SPREAD = {"outlines": 0.01, "residual": 0.002, "strain": 0.005, "folding": 0.02, "vanishing": 0.02,
-                "fine": 0.1, "medium": 0.1, "coarse": 0.1}  # fmt: skip
+LEAST_SPREAD = {"outlines": 0.01, "residual": 0.002, "strain": 0.005, "folding": 0.02, "vanishing": 0.02, "wobble": 0.004,
+                "pattern": 0.12, "flicker": 0.01, "grid": 0.5}  # fmt: skip
+TO_LUMA_CHROMA = ((0.299, -0.299, 0.701), (0.587, -0.587, -0.587), (0.114, 0.886, -0.114))  # Y, B - Y, R - Y (BT.601)
+REFERENCE_MEASURES = ("outlines", *MOTION, *TEXTURE)
 COMPANIONS = ("speed", "sharpness", "saturation", "grid")
 
 
@@ -1422,7 +1452,7 @@ class Distortion:
     # Companions, each as a ratio to the reference's median: 1 is like the reference.
     speed: float  # of the subject, in its own sizes a frame; a frozen clip is no undistorted one
     sharpness: float
-    saturation: float
+    saturation: float  # of the subject
     grid: float  # energy at the period of the codec's patches, 16 px (CogVideo#590)
     unjudged: tuple  # what could not be measured, and why
 
@@ -1431,16 +1461,15 @@ class Distortion:
 class Reference:
     """Statistics of real clips, made once by `reference_statistics`."""
 
-    pools: dict  # measure -> values of all clips, (n,)
-    outlines: object  # (N, ANGLES, RADII)
+    clips: list  # of each clip, what `measure` found of it (REFERENCE_MEASURES)
     typical: dict  # measure -> (median, spread) of how far one reference clip lies from the others
     companions: dict  # companion -> median
     usual: float  # median over reference clips of shape + motion + texture
 
 
 def scaled_for_measuring(clip):
-    """Colours float32 (F, h, w, 3) with a short side of WORK_PX, and a contrast image uint8 (F, h, w): the colours' first
-    principal component over its spread, since brightness alone would not tell a green subject from green ground."""
+    """Colours float32 (F, h, w, 3) with a short side of WORK_PX; a contrast image uint8 (F, h, w): the colours' first
+    principal component over its spread, since brightness alone would not tell a green subject from green ground; the spread."""
     import cv2
     import numpy as np
 
@@ -1454,7 +1483,8 @@ def scaled_for_measuring(clip):
     _, axes = np.linalg.eigh(centred[::7].T @ centred[::7])
     main = axes[:, -1] * (np.sign(axes[:, -1].sum()) or 1)
     contrast = (centred @ main).reshape(video.shape[:3])
-    return video, (128 + 42 * contrast / max(contrast.std(), 1e-3)).clip(0, 255).astype(np.uint8)
+    spread = max(float(contrast.std()), 1e-3)
+    return video, (128 + 42 * contrast / spread).clip(0, 255).astype(np.uint8), spread
 
 
 def pixel_grid(height, width):
@@ -1477,11 +1507,12 @@ def flow_without_camera(flow_of, first, second, grid):
 
 
 def subject_masks(video, speed):
-    """Masks bool (F, h, w) of what moves against its surroundings, and how it was found: "moves", or "stands out".
+    """Masks bool (F, h, w) of the subject, and how it was found: "moves" (against its surroundings) or "stands out".
 
     speed: (F, h, w) px a frame, the camera's taken off. Flow finds the place, colour the outline: a pixel near the motion
-    belongs to the subject if its colour is met there more often than elsewhere. Where that finds nothing, since nothing
-    moves or everything does, the frame's border stands for the surroundings.
+    belongs to the subject if its colour is met there more often than elsewhere. Motion may show a part of the subject only;
+    then the rest has the same colours. So a second guess, in which the frame's border stands for the surroundings, is taken
+    where its colours are much more its own and it moves, and where nothing or everything moves.
     """
     import cv2
     import numpy as np
@@ -1503,15 +1534,25 @@ def subject_masks(video, speed):
         masks = [(own & (cv2.dilate(m.astype(np.uint8), near) > 0)).astype(np.uint8) for own, m in zip(likely, inside)]
         return np.stack([cv2.medianBlur(mask, 3) > 0 for mask in masks])
 
+    def own(masks):
+        """How much the colours of masks are met there alone: 0 to 1."""
+        if np.median(masks.sum((1, 2))) < LEAST_SUBJECT_PX:
+            return 0.0
+        here, elsewhere = colours(masks), colours(~masks)
+        return float((here / (here + elsewhere + 1e-3)).reshape(-1)[code[masks]].mean())
+
     top = max(float(np.percentile(speed, 99.5)), 1e-6)
     scaled = (255 * speed / top).clip(0, 255).astype(np.uint8)
     threshold, _ = cv2.threshold(scaled.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    masks = parted(speed > max(threshold / 255 * top, 0.2), balance=False)
-    if np.median(masks.sum((1, 2))) >= LEAST_SUBJECT_PX:
-        return masks, "moves"
+    moving = parted(speed > max(threshold / 255 * top, 0.2), balance=False)
     rim, middle = WORK_PX // 12, np.zeros(speed.shape, bool)
     middle[:, rim:-rim, rim:-rim] = True
-    return parted(middle, balance=True), "stands out"
+    standing_out = parted(middle, balance=True)
+    gain = own(standing_out) - own(moving)
+    moves = standing_out.any() and speed[standing_out].mean() > speed[~standing_out].mean()
+    if own(moving) and not (gain > OWN_COLOURS_GAIN and moves):
+        return moving, "moves"
+    return standing_out, "moves" if own(moving) else "stands out"
 
 
 def outlines(masks):
@@ -1548,7 +1589,7 @@ def unlike(some, others):
 
 
 def non_rigid(flow, back, mask, grid, size):
-    """What a shift, turn and zoom does not explain of a subject's flow (h, w, 2): MOTION's four measures.
+    """What a shift, turn and zoom does not explain of a subject's flow (h, w, 2): SUBJECT_MOTION's measures.
 
     residual: root mean square, in subject sizes. strain: half the mean log of the stretch along over that across (singular
     values of the flow's Jacobian). folding: share of the subject turned inside out, or nearly so. vanishing: share whose flow there and
@@ -1565,7 +1606,8 @@ def non_rigid(flow, back, mask, grid, size):
         float((abs(z) ** 2).sum()), 1e-6
     )  # least squares; a similarity is turn * z + shift
     residual = np.sqrt((abs(d - d.mean() - turn * z) ** 2).mean()) / size
-    smooth = cv2.GaussianBlur(flow, (0, 0), 1.5)
+    within = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.5)[..., None]  # the still surroundings must not count
+    smooth = cv2.GaussianBlur(flow * mask[..., None], (0, 0), 1.5) / np.maximum(within, 1e-3)
     (xy, xx), (yy, yx) = (np.gradient(smooth[..., k]) for k in (0, 1))
     a, b, c, e = 1 + xx[inner], xy[inner], yx[inner], 1 + yy[inner]
     det, half = a * e - b * c, (a * a + b * b + c * c + e * e) / 2
@@ -1579,16 +1621,46 @@ def non_rigid(flow, back, mask, grid, size):
     return residual, strain, (det < 0.2).mean(), vanishing
 
 
+def surroundings(planes, masks, ahead, grid):
+    """What is not the subject: its pattern (9,), flicker (F - 1,) and wobble (F - 1,).
+
+    planes: luma and chroma in units of the clip's contrast (F, h, w, 3). ahead: flow to the next frame, whole and without the
+    camera's, F - 1 times. pattern: log energies in three bands of each plane, mean over frames; blotches show in the chroma,
+    blur in the luma. flicker: what of a frame is not kept in the next. wobble: root mean square of the flow that a camera does
+    not explain, in frame sizes.
+    """
+    import cv2
+    import numpy as np
+
+    bands, flicker, wobble = [], [], []
+    for i, (picture, mask) in enumerate(zip(planes, masks)):
+        around = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) == 0
+        around = around if around.sum() > around.size / 10 else np.ones_like(around)
+        levels = [picture] + [cv2.GaussianBlur(picture, (0, 0), s) for s in (1.5, 3, 6)]
+        energy = [((a - b)[around] ** 2).mean(0) ** 0.5 for a, b in zip(levels, levels[1:])]
+        bands.append(np.log(np.concatenate(energy) + 0.01))  # less than that no eye would notice
+        if i < len(ahead):
+            there = grid + ahead[i][0]
+            next = cv2.remap(
+                planes[i + 1], there[..., 0], there[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
+            lost = cv2.GaussianBlur(next - picture, (0, 0), 1.5)[around]
+            flicker.append((lost**2).mean() ** 0.5)
+            wobble.append(np.sqrt((ahead[i][1][around] ** 2).sum(-1).mean()) / WORK_PX)
+    return np.mean(bands, axis=0), np.array(flicker), np.array(wobble)
+
+
 def measure(clip):
-    """All that is measured of one clip (F, C, H, W): a dict of MOTION's and TEXTURE's values, one a pair of frames or a frame, of
-    `outlines`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured. Raises UserError."""
+    """All that is measured of one clip (F, C, H, W): a dict of MOTION's values and `flicker`, one a pair of frames, of `outlines`,
+    of `surroundings`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured.
+    Raises UserError."""
     import cv2
     import numpy as np
 
     if len(clip) < 2:
         raise UserError("distortion: needs clips of at least 2 frames")
     clip = np.nan_to_num(np.asarray(clip, dtype=np.float32)).clip(0, 1)
-    video, contrast = scaled_for_measuring(clip)
+    video, contrast, spread = scaled_for_measuring(clip)
     grid = pixel_grid(*contrast.shape[1:])
     flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     pairs = list(zip(contrast, contrast[1:]))
@@ -1612,20 +1684,16 @@ def measure(clip):
                     rows.append((*non_rigid(flow, other, masks[k], grid, size), speed))
     else:
         why.append("no subject: counts as an outline like no other; motion not judged")
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 5).T
-    out.update(zip(MOTION, columns))
+    columns = np.ascontiguousarray(np.array(rows, dtype=np.float64).reshape(-1, 5).T)
+    out.update(zip(SUBJECT_MOTION, columns))
     out["speed"] = float(np.median(columns[4])) if rows else 0.0
-    bands = []
-    for picture, mask in zip((contrast.astype(np.float32) - 128) / 42, masks):
-        around = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) == 0
-        around = around if around.sum() > around.size / 10 else np.ones_like(around)
-        levels = [picture] + [cv2.GaussianBlur(picture, (0, 0), s) for s in (1.5, 3, 6)]
-        bands.append([np.log(((a - b)[around] ** 2).mean() ** 0.5 + 1e-2) for a, b in zip(levels, levels[1:])])
-    out.update(zip(TEXTURE, np.array(bands).T))
+    planes = video @ np.float32(TO_LUMA_CHROMA) / spread
+    out["pattern"], out["flicker"], out["wobble"] = surroundings(planes, masks, ahead, grid)
     edges = np.abs(np.diff(contrast.astype(np.float32), axis=2))
     out["sharpness"] = float(np.percentile(edges, 99))
-    out["saturation"] = float((video.max(-1) - video.min(-1)).mean())
-    out["grid"] = grid_energy(clip)
+    colourful = video.max(-1) - video.min(-1)
+    out["saturation"] = float(colourful[masks].mean() if masks.any() else colourful.mean())
+    out["grid"] = np.array(grid_energy(clip))
     out["why"] = tuple(why)
     return out
 
@@ -1645,17 +1713,22 @@ def grid_energy(clip, period=16):
     return float(np.mean(found)) if found else 1.0
 
 
-def distances(measured, pools, others):
-    """How far one clip lies from reference clips: for each measure the Wasserstein distance between the clip's values and
-    theirs, for the outlines the mean of `unlike`. Measures that the clip lacks are left out."""
+def distances(measured, reference):
+    """How far one clip lies from reference clips, each as `measure` returns it: for MOTION's measures and the flicker the
+    Wasserstein distance between the clip's values and theirs, for the pattern that from the most similar one's, for the
+    outlines the mean of `unlike`. Measures that the clip or all others lack are left out."""
     import numpy as np
 
-    at = (np.arange(32) + 0.5) / 32
-    far = {
-        name: float(np.abs(np.quantile(measured[name], at) - np.quantile(pool, at)).mean())
-        for name, pool in pools.items()
-        if len(measured[name]) and len(pool)
-    }
+    at, far = (np.arange(32) + 0.5) / 32, {}
+    for name in (*MOTION, "flicker"):
+        pool = np.concatenate([other[name] for other in reference])
+        if len(measured[name]) and len(pool):
+            far[name] = float(np.abs(np.quantile(measured[name], at) - np.quantile(pool, at)).mean())
+    far["grid"] = max(
+        0.0, math.log(max(measured["grid"], 0.1) / max(np.median([other["grid"] for other in reference]), 0.1))
+    )
+    far["pattern"] = min(float(np.abs(measured["pattern"] - other["pattern"]).mean()) for other in reference)
+    others = np.concatenate([other["outlines"] for other in reference])
     if len(others):  # a frame without a subject is like no outline at all
         outlined, frames = measured["outlines"], measured["frames"]
         seen = unlike(outlined, others).sum() if len(outlined) else 0.0
@@ -1665,12 +1738,12 @@ def distances(measured, pools, others):
 
 def aspects(far, typical):
     """Shape, motion and texture from distances: 0 within what reference clips differ, else half the logarithm of 1 + the square
-    of the excess, in units of the reference's own (a Cauchy likelihood: one wild measure does not hide the rest)."""
-    import numpy as np
+    of the excess, in units of the reference's own (a Cauchy likelihood: a wild measure does not hide the rest), of the worst
+    measure of each."""
 
     excess = {n: max(0.0, far[n] - typical[n][0]) / typical[n][1] for n in far if n in typical}
     return [
-        float(np.mean([0.5 * math.log1p(excess[n] ** 2) for n in group if n in excess] or [0.0]))
+        max([0.5 * math.log1p(excess[n] ** 2) for n in group if n in excess], default=0.0)
         for group in (("outlines",), MOTION, TEXTURE)
     ]
 
@@ -1686,18 +1759,14 @@ def reference_statistics(clips):
             f"distortion: {len(measured)} reference clips; real ones differ, and it takes {LEAST_REFERENCE} to know how much"
         )
 
-    def pooled(those):
-        pools = {name: np.concatenate([m[name] for m in those if name in m]) for name in (*MOTION, *TEXTURE)}
-        return pools, np.concatenate([m["outlines"] for m in those])
-
-    far = [distances(m, *pooled([other for other in measured if other is not m])) for m in measured]
+    far = [distances(m, [other for other in measured if other is not m]) for m in measured]
     typical = {}
     for name in {name for f in far for name in f}:
         middle, high = np.quantile([f[name] for f in far if name in f], (0.5, 0.9))
         typical[name] = (float(middle), max(float(high - middle), 0.1 * float(middle), LEAST_SPREAD[name]))
     companions = {name: float(np.median([m[name] for m in measured])) for name in COMPANIONS}
     usual = float(np.median([sum(aspects(f, typical)) for f in far]))
-    return Reference(*pooled(measured), typical, companions, usual)
+    return Reference([{k: m[k] for k in REFERENCE_MEASURES} for m in measured], typical, companions, usual)
 
 
 def distortion(clip, reference):
@@ -1709,16 +1778,29 @@ def distortion(clip, reference):
     if not isinstance(reference, Reference):
         reference = reference_statistics(reference)
     measured = measure(clip)
-    parts = aspects(distances(measured, reference.pools, reference.outlines), reference.typical)
-    ratios = [measured[name] / max(reference.companions[name], 0.01) for name in COMPANIONS]
+    parts = aspects(distances(measured, reference.clips), reference.typical)
+    ratios = [float(measured[name]) / max(reference.companions[name], 0.01) for name in COMPANIONS]
     why = measured["why"]
     if "outlines" not in reference.typical:
         why += ("the reference shows no subject: shape not judged",)
     return Distortion(max(0.0, sum(parts) - reference.usual), *parts, *ratios, why)
 
 
-REFERENCE_CLIPS = 32  # as many are enough to know how much real clips differ
-MEASURES = 1  # to be raised when `measure` changes, so that statistics kept in a cache are made again
+def similarity(clips):
+    """How alike some clips are that should differ, such as those of different prompts: the mean correlation over all pairs, at 8
+    moments and 16 x 16 px. 1: all the same, as where a model has memorised one clip. clips: at least 2, each (F, C, H, W)."""
+    import numpy as np
+    import torch
+
+    small = [
+        torch.nn.functional.interpolate(clip.float().transpose(0, 1)[None], size=(8, 16, 16), mode="area").flatten()
+        for clip in clips
+    ]
+    return float(np.corrcoef(torch.stack(small).numpy())[np.triu_indices(len(small), 1)].mean())
+
+
+REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
+MEASURES = 4  # to be raised when `measure` changes, so that statistics kept in a cache are made again
 
 
 def spread(clips):
@@ -1736,17 +1818,17 @@ def cached_reference(clips, folder):
     clips = spread(clips)
     content = [(hashlib.sha256(c.path.read_bytes()).hexdigest(), c.frames, c.height, c.width, c.fps) for c in clips]
     file = folder / f"reference-{digest(MEASURES, content)}.safetensors"
-    if not is_cached(file, "outlines"):
+    if not is_cached(file, "0.outlines"):
         made = reference_statistics(clip.video for clip in tqdm(clips, desc="measuring real clips", unit="clip"))
         numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"outlines": made.outlines, **made.pools}, str(partial), numbers)
+        save_file({f"{i}.{k}": v for i, m in enumerate(made.clips) for k, v in m.items()}, str(partial), numbers)
         os.replace(partial, file)
     with safe_open(str(file), "numpy") as opened:
-        pools = {name: opened.get_tensor(name) for name in (*MOTION, *TEXTURE)}
         numbers = {name: json.loads(text) for name, text in opened.metadata().items()}
-        return Reference(pools, opened.get_tensor("outlines"), **numbers)
+        kept = [{k: opened.get_tensor(f"{i}.{k}") for k in REFERENCE_MEASURES} for i in range(len(clips))]
+        return Reference(kept, **numbers)
 
 
 def run_references(config):
@@ -1777,6 +1859,20 @@ def judge_samples(folder, references):
             rows[-1][when] = dataclasses.asdict(distortion(clip, reference)) if reference else None
     write_json(folder / "samples/distortion.json", rows)
     return rows
+
+
+def judged_summary(folder, references):
+    """Judge a run's samples; returns what of it belongs into its summary: medians over the prompts."""
+    judged = [row for row in judge_samples(folder, references) if row["after"]]
+    found = {}
+    for when in ("before", "after"):
+        if judged:
+            found[f"distortion_{when}"] = statistics.median(row[when]["score"] for row in judged)
+            found[f"motion_{when}"] = statistics.median(row[when]["speed"] for row in judged)
+        if len(references) > 1:
+            clips = [read_video(folder / f"samples/{when}-{k}.mp4") for k in range(len(references))]
+            found[f"similarity_{when}"] = similarity(clips)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -1810,7 +1906,7 @@ class Trainer:
         if config.method == "full":
             self.parameters = list(self.transformer.requires_grad_(True).parameters())
         else:
-            self.parameters = add_lora(self.transformer, config.rank, config.alpha, config.seed)
+            self.parameters = add_lora(self.transformer, config.rank, config.alpha, config.seed, config.lora_targets)
         compute_in_dtype_of_input(self.transformer, self.dtype)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -1931,7 +2027,7 @@ def train(config, callbacks=()):
     asked = config.fused_backward
     config, base, why = resolve(config)
     config.model, config.data = portable(config.model), portable(config.data)
-    config.heldout = portable(config.heldout) if config.heldout else None
+    config.heldout, config.prior = (portable(p) if p else None for p in (config.heldout, config.prior))
     folder = run_folder(config)
     train_clips, heldout_clips, told = split_clips(config)
 
@@ -2037,10 +2133,7 @@ def train(config, callbacks=()):
         "peak_memory_gib": peak_memory_gib(),
     }
     write_json(folder / "summary.json", summary)  # the run is finished, whatever comes of judging it
-    judged = [row for row in judge_samples(folder, references) if row["after"]]
-    for when in ("before", "after") if judged else ():
-        summary[f"distortion_{when}"] = statistics.median(row[when]["score"] for row in judged)
-        summary[f"motion_{when}"] = statistics.median(row[when]["speed"] for row in judged)
+    summary |= judged_summary(folder, references)
     write_json(folder / "summary.json", summary)
     write_model_card(folder, config, base, summary, list(cache.prompts))
     return Run(folder, config, summary, history)
@@ -2201,7 +2294,7 @@ Made with cogvideo_lite.
     )
 
 
-# --------------------------------------------------------------------------------------------------------- comparison
+# ------------------------------------------------------------------------------------------- comparison and blending
 
 
 def load_run(folder):
@@ -2215,6 +2308,50 @@ def load_run(folder):
     return Run(folder, load_config(folder / "config.json"), summary, read_metrics(folder / "metrics.jsonl"))
 
 
+def blend(run, share, out=None):
+    """Go back from a finished run towards its base: base + share * (trained - base), in every weight, or in the adapter by its
+    alpha. A share above 1 goes further on. Writes a run's folder [RUN/blend-SHARE] with the samples of the same prompts and seeds,
+    judged, so that it can be sampled from and compared. Returns Run. Raises UserError.
+
+    Weights between base and tuned model often keep what both can do (arXiv 2109.01903).
+    """
+    import torch
+
+    run, share = load_run(run), float(share)
+    config, out = run.config, Path(out).expanduser() if out else run.folder / f"blend-{share:g}"
+    refuse_pipeline(out)
+    if not (share > 0 and math.isfinite(share)):
+        raise UserError(f"--blend {share:g}: must be a number above 0; 1 is the run, 0.5 halfway back to its base")
+    if (out / "summary.json").exists():
+        raise UserError(f"--out '{out}': holds a finished run already; give another folder")
+    quiet_libraries()
+    base, references = find_base(config.model), run_references(config)
+    if config.method == "full":
+        kept = torch.float32 if config.trained_dtype == "float32" else torch.bfloat16
+        transformer = base.load("transformer", torch.float32)
+        tuned = base.cls("transformer").from_pretrained(run.folder / "transformer", dtype=kept)
+        with torch.no_grad():
+            for p, other in zip(transformer.parameters(), tuned.parameters()):
+                p.lerp_(other.float(), share)
+        transformer = transformer.to(kept)
+    else:
+        transformer = base.load("transformer", frozen_dtype(base, torch.float32))
+        config.alpha = config.alpha * share
+        add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
+        load_lora(transformer, run.folder)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    save_trained(transformer, config.method, out)
+    write_json(out / "config.json", dataclasses.asdict(config))
+    summary = {"blend_of": str(run.folder.resolve()), "blend_share": share, "steps": run.summary["steps"]}
+    write_json(out / "summary.json", summary)  # with it, `sample` takes the folder for a run's
+    for k in range(len(references)):
+        shutil.copy(run.folder / f"samples/before-{k}.mp4", out / "samples")
+    save_samples(out / "samples", "after", sample(out, list(references), seed=0), list(references), config.fps)
+    summary |= judged_summary(out, references)
+    write_json(out / "summary.json", summary)
+    return Run(out, config, summary, [])
+
+
 def compare(runs, out=None):
     """Write one HTML page, with everything inside, that puts finished runs side by side: clips of the same prompts and seeds in
     step, their distortion with its companions, what differs in the configurations, and curves. Returns its path
@@ -2226,7 +2363,7 @@ def compare(runs, out=None):
     configs = [dataclasses.asdict(run.config) for run in runs]
     differing = [k for k in configs[0] if k != "out" and len({json.dumps(c[k]) for c in configs}) > 1]
     shown = ("steps", "heldout_before", "heldout_after", "distortion_before", "distortion_after", "motion_before", "motion_after",
-             "seconds", "peak_memory_gib")  # fmt: skip
+             "similarity_before", "similarity_after", "seconds", "peak_memory_gib")  # fmt: skip
     tables = [(name, [c.get(name) for c in configs]) for name in differing]
     tables += [(name, [run.summary.get(name) for run in runs]) for name in shown]
 
@@ -2260,6 +2397,8 @@ def curves(names, runs):
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for name, run in zip(names, runs):
+        if not run.metrics:  # a blend of two models was never trained
+            continue
         steps = [m["step"] for m in run.metrics]
         width = max(1, len(steps) // 40)
         for panel, key in zip(panels[::2], ("loss", "update_ratio")):
@@ -2392,6 +2531,12 @@ def parser():
     action.add_argument(
         "--compare", nargs="+", metavar="RUN", help="one HTML page that puts finished runs side by side"
     )
+    action.add_argument(
+        "--blend",
+        nargs=2,
+        metavar=("RUN", "SHARE"),
+        help="base + SHARE x (trained - base): go back from a run that went too far",
+    )
     out.add_argument("--run", help="folder of a finished run, for --sample")
     out.add_argument(
         "--config", help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"
@@ -2421,8 +2566,8 @@ def parser():
 def command_line(argv):
     """Do what the command line says. Returns nothing; raises UserError or RunError."""
     given = vars(parser().parse_args(argv))
-    names = ("sample", "run", "config", "method", "merge", "compare")
-    prompts, run, file, method, merged, compared = (given.pop(name) for name in names)
+    names = ("sample", "run", "config", "method", "merge", "compare", "blend")
+    prompts, run, file, method, merged, compared, blended = (given.pop(name) for name in names)
     if prompts:
         sample_command(prompts, run, given)
         return
@@ -2436,6 +2581,10 @@ def command_line(argv):
         only_out(given, "--compare")
         print(f"comparison in {compare(compared, given.get('out'))}")
         return
+    if blended:
+        only_out(given, "--blend")
+        print(f"blend in {report(blend(blended[0], number(blended[1], '--blend'), given.get('out')))}")
+        return
     if given.get("resume") and not file:
         folder = run_folder(Config(method=method, out=given.get("out"), resume=True))
         if (folder / "config.json").exists():  # what is left out stays as it was
@@ -2443,7 +2592,7 @@ def command_line(argv):
             before = load_config(file)
             if before.method != method:
                 raise UserError(f"--{method}: the run in {folder} was started with --{before.method}; start a new one")
-            fixed = "model rank alpha seed frames height width fps batch_size optimizer trained_dtype ema"
+            fixed = "model rank alpha lora_targets seed frames height width fps batch_size optimizer trained_dtype ema"
             for name in fixed.split():
                 if name in given and given[name] != getattr(before, name):
                     raise UserError(
@@ -2455,15 +2604,27 @@ def command_line(argv):
     result = train(config)
     if result is None:
         return
-    s = result.summary
-    print(
-        f"held-out loss {s['heldout_before']:.4f} -> {s['heldout_after']:.4f} in {s['seconds']:.0f} s, peak {s['peak_memory_gib']:.1f} GiB"
-    )
+    print(f"results in {report(result)}")
+
+
+def report(run):
+    """Print what came of a run; returns its folder."""
+    s = run.summary
+    if "heldout_after" in s:
+        print(f"held-out loss {s['heldout_before']:.4f} -> {s['heldout_after']:.4f} in {s['seconds']:.0f} s, "
+              f"peak {s['peak_memory_gib']:.1f} GiB")  # fmt: skip
     if "distortion_after" in s:
         print(f"distortion of the samples {s['distortion_before']:.2f} -> {s['distortion_after']:.2f} (0: like real clips), "
               f"speed of their subjects {s['motion_before']:.2f} -> {s['motion_after']:.2f} of real ones'")  # fmt: skip
-    print(f"see {result.folder / 'samples' / 'contact_sheet.png'}")
-    print(f"results in {result.folder}")
+    print(f"see {run.folder / 'samples' / 'contact_sheet.png'}")
+    return run.folder
+
+
+def number(text, option):
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option}: '{text}' is no number")
 
 
 def only_out(given, action):
