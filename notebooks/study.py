@@ -1,19 +1,28 @@
 """The long studies behind the lessons, each remade by one command, each writing to notebooks/results/.
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
+    python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
+
+`run` can be stopped at any time; the same command goes on.
 
 Letters in shapes: F frames, C channels, H height, W width.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
 import importlib.util
+import io
+import json
 import math
+import os
+import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import cv2
@@ -111,12 +120,31 @@ def shuffle(clip, patches, rng, masks):
     return out
 
 
+def grid(clip, level, rng, masks):
+    """Every 16th row and column darker by `level`, as the pattern of CogVideo#590."""
+    height, width = clip.shape[2:]
+    rows, columns = np.arange(height) % 16 == 0, np.arange(width) % 16 == 0
+    return (clip - np.float32(level) * (rows[:, None] | columns[None])).clip(0, 1)
+
+
+def blotches(clip, level, rng, masks):
+    """Coloured spots of some 3 px on everything, `level` in root mean square, that turn into others in the course of the clip."""
+    frames, _, height, width = clip.shape
+    spots = rng.standard_normal((2, 3, height, width))
+    spots = np.stack([[cv2.GaussianBlur(c, (0, 0), 1.5 * height / 64) for c in picture] for picture in spots])
+    first, last = (level / spots.std() * spots).astype(np.float32)
+    turn = [math.pi / 2 * i / max(1, frames - 1) for i in range(frames)]
+    return np.stack([frame + math.cos(t) * first + math.sin(t) * last for frame, t in zip(clip, turn)]).clip(0, 1)
+
+
 DISTORTIONS = {  # five strengths each, from hardly visible to ruined
     "elastic": (elastic, (0.5, 1.0, 1.75, 2.5, 3.5)),
     "wave": (wave, (0.5, 1.0, 1.75, 2.5, 3.5)),
     "swirl": (swirl, (0.4, 0.8, 1.4, 2.0, 2.8)),
     "jitter": (jitter, (0.3, 0.6, 1.0, 1.5, 2.2)),
     "shuffle": (shuffle, (2, 4, 6, 10, 16)),
+    "grid": (grid, (0.02, 0.04, 0.08, 0.12, 0.2)),
+    "blotches": (blotches, (0.01, 0.02, 0.04, 0.06, 0.1)),
 }
 LEGS_DROPPED = (1, 2, 3, 5, 7)  # of eight: drawn so by the renderer
 
@@ -278,13 +306,353 @@ def verdicts(rows):
             )
 
 
+# ------------------------------------------------------------------------------------------------------------- the study
+# A grid of fine-tunes of the nano base. An arm is a configuration; each is run with the same seeds, sampled with the same
+# prompts and noise, and judged in the same way, so that differences between arms are paired.
+
+SEEDS = (1, 2, 3)
+# What the case on record trained with (CogVideo#116): 50 clips, one at a time, both methods at the same rate. 2e-4 for a model
+# ten times as wide is 2e-3 here (arXiv 2203.03466). AdamW's betas are 0.9 and 0.95 in cogvideo_lite as there.
+CASE = dict(
+    clips=50, batch_size=1, max_grad_norm=0.1, weight_decay=1e-4, caption_dropout=0.1, warmup=20, optimizer="adamw"
+)
+LORA = dict(method="lora", rank=32, alpha=32.0)
+FULL = dict(method="full")
+EVERY = (125, 250, 500, 1000, 2000, 4000)  # steps
+FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3)
+LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+SAMPLING_SEED, SAMPLED_FRAMES = 1000, slice(None, None, 4)  # the truth is read from every fourth frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One configuration of the study."""
+
+    name: str
+    questions: tuple  # of those in README.md
+    fields: dict  # of Config, over CASE
+    at: tuple = (500,)  # steps at which it is sampled and judged; the last one ends it
+    blends: tuple = ()  # shares of the way from the base at which the end is judged too
+    similar: bool = False  # train on clips of one direction only
+
+    @property
+    def cost(self):  # in steps of one clip
+        return self.at[-1] * self.fields.get("batch_size", 1) + 250 * (len(self.at) + len(self.blends))
+
+
+def study_arms():
+    """All arms by name. The first ones answer the most."""
+    arms = {}
+
+    def arm(name, questions, at=(500,), blends=(), similar=False, **fields):
+        arms[name] = Arm(name, questions, {**CASE, **fields}, at, blends, similar)
+
+    arm("full 2e-3", (1, 2, 3, 4, 5, 9, 10), EVERY, lr=2e-3, **FULL)
+    arm("lora 2e-3", (1, 2, 3, 4, 5, 9, 10), EVERY, lr=2e-3, **LORA)
+    arm("lora 2e-3 as on record", (1, 2, 4), EVERY, lr=2e-3, method="lora", rank=128, alpha=1.0)
+    arm("full 1e-4", (2, 3, 4, 5, 10), EVERY, lr=1e-4, **FULL)
+    arm("full 2e-3 back", (9,), (500,), (0.25, 0.5, 0.75), lr=2e-3, **FULL)
+    for lr in FULL_RATES:
+        if f"full {short(lr)}" not in arms:
+            arm(f"full {short(lr)}", (3, 4, 10), (125, 250, 500), lr=lr, **FULL)
+    for lr in LORA_RATES:
+        if f"lora {short(lr)}" not in arms:
+            arm(f"lora {short(lr)}", (3, 4, 10), (125, 250, 500), lr=lr, **LORA)
+    for alpha in (1.0, 16.0, 64.0):
+        for lr in (6e-4, 2e-3, 6e-3):
+            arm(f"lora {short(lr)} alpha {alpha:g}", (4,), (125, 250, 500), lr=lr, method="lora", rank=32, alpha=alpha)
+    for lr in (6e-4, 2e-3, 6e-3):
+        arm(f"lora {short(lr)} all matrices", (4,), (125, 250, 500), lr=lr, lora_targets="all", **LORA)
+    for clips in (100, 200):
+        for name, method, lr in (("full 2e-3", FULL, 2e-3), ("full 1e-4", FULL, 1e-4), ("lora 2e-3", LORA, 2e-3)):
+            arm(f"{name} {clips} clips", (5,), (500, 10 * clips), lr=lr, clips=clips, **method)
+    for name, method, lr in (("full 1e-4", FULL, 1e-4), ("lora 2e-3", LORA, 2e-3)):
+        arm(f"{name} similar clips", (5,), similar=True, lr=lr, **method)
+    for lr in (6e-4, 2e-3):
+        for name, change in {
+            "adamw8bit": dict(optimizer="adamw8bit"), "adafactor": dict(optimizer="adafactor"),
+            "clipping 1": dict(max_grad_norm=1.0), "no clipping": dict(max_grad_norm=1e9),
+            "batch 4": dict(batch_size=4), "no weight decay": dict(weight_decay=0.0), "weight decay 1e-2": dict(weight_decay=1e-2),
+        }.items():  # fmt: skip
+            arm(f"full {short(lr)} {name}", (6,), lr=lr, **FULL | change)
+    arm("full 2e-4 lion8bit", (6,), lr=2e-4, **FULL | dict(optimizer="lion8bit"))
+    for lr in (2e-5, 1e-4):
+        for dtype in ("bfloat16", "bfloat16-nearest"):
+            arm(f"full {short(lr)} {dtype}", (7,), lr=lr, trained_dtype=dtype, **FULL)
+    for rank in (4, 8, 128):
+        for alpha in (rank / 2, float(rank)):
+            arm(f"lora 2e-3 rank {rank} alpha {alpha:g}", (8,), lr=2e-3, method="lora", rank=rank, alpha=alpha)
+    arm("qlora 2e-3", (8,), lr=2e-3, **LORA | dict(method="qlora"))
+    arm("lora 2e-3 back", (9,), (500,), (0.25, 0.5, 0.75), lr=2e-3, **LORA)
+    for name, change in {
+        "ema 0.99": dict(ema=0.99), "l2 to base 1": dict(l2_to_base=1.0), "l2 to base 10": dict(l2_to_base=10.0),
+        "no caption dropout": dict(caption_dropout=0.0), "caption dropout 0.3": dict(caption_dropout=0.3),
+        "prior": dict(prior="data_samples/away"),
+    }.items():  # fmt: skip
+        arm(f"full 6e-4 {name}", (9,), lr=6e-4, **FULL | change)
+    return arms
+
+
+def short(number):
+    """2e-05 as 2e-5."""
+    return re.sub(r"e([+-])0*", lambda found: "e" + found[1].replace("+", ""), f"{number:.0e}")
+
+
+def subset_of_one_direction(work, number=50):
+    """A folder of training clips that all move left."""
+    folder = work / "similar"
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = [c for c in cl.read_clips("data_samples/spider") if " left " in c.caption][:number]
+    for clip in clips:
+        if not (folder / clip.path.name).exists():
+            (folder / clip.path.name).symlink_to(clip.path)
+    rows = [json.dumps({"file_name": c.path.name, "text": c.caption}) + "\n" for c in clips]
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+class Bench:
+    """One arm with one seed: trains it, samples it, judges it."""
+
+    def __init__(self, arm, seed, work):
+        from accelerate import Accelerator
+
+        self.arm, self.seed = arm, seed
+        sets = json.loads((cl.HERE / "data_samples/prompts.json").read_text())
+        self.prompts = [(where, prompt) for where, prompts in sets.items() for prompt in prompts]
+        data = subset_of_one_direction(work) if arm.similar else "data_samples/spider"
+        fields = dict(
+            arm.fields, data=str(data), heldout="data_samples/spider-heldout", seed=seed, steps=arm.at[-1], cache=str(work / "cache"),
+            validation_prompts=[prompt for _, prompt in self.prompts], compute_dtype="float32",
+        )  # fmt: skip
+        if arm.similar:
+            fields["clips"] = min(fields["clips"], len(cl.read_clips(data)))
+        config, base, _ = cl.resolve(cl.Config(**fields))
+        self.cache = cl.cache_clips(config)
+        away = dataclasses.replace(config, data="data_samples/away", clips=None, prior=None)
+        self.losses_on = {"concept": self.cache.heldout[:12], "away": cl.cache_clips(away).train[:12]}
+        folders = {"concept": "data_samples/spider", "away": "data_samples/away"}
+        self.references = {k: cl.cached_reference(cl.read_clips(f)[:50], work / "cache") for k, f in folders.items()}
+        self.trainer = cl.Trainer(config, base, self.cache, Accelerator(mixed_precision="no", cpu=True))
+        self.began = [p.detach().clone() for p in self.trainer.parameters]
+        self.base_norm = math.sqrt(
+            sum(float(p.square().sum()) for p in base.load("transformer", torch.float32).parameters())
+        )
+
+    def weight_change(self):
+        """Norm of what training changed in the weights (of an adapter: of what it adds to them) over the norm of the base."""
+        from peft.tuners.lora import LoraLayer
+
+        if self.arm.fields["method"] == "full":
+            changes = [p.detach().float() - b.float() for p, b in zip(self.trainer.parameters, self.began)]
+        else:
+            layers = [m for m in self.trainer.transformer.modules() if isinstance(m, LoraLayer)]
+            changes = [m.get_delta_weight("default").detach().float() for m in layers]
+        return math.sqrt(sum(float(c.square().sum()) for c in changes)) / self.base_norm
+
+    def loss_on(self, clips):
+        mine, self.cache.heldout = self.cache.heldout, clips
+        try:
+            return self.trainer.heldout_loss()
+        finally:
+            self.cache.heldout = mine
+
+    def judge(self, step, blend=1.0):
+        """Rows of the two tables: one a prompt, one in all."""
+        from diffusers import CogVideoXPipeline
+
+        trainer = self.trainer
+        trainer.transformer.eval()
+        vae = trainer.base.load("vae", torch.float32)
+        pipe = CogVideoXPipeline(None, None, vae, trainer.transformer, trainer.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        embeds = torch.stack([cl.load_tensor(f, "prompt_embeds") for f in self.cache.prompts.values()])
+        with trainer.judged(), torch.no_grad():
+            clips = cl.generate(pipe, trainer.base, embeds, trainer.samples.empty, trainer.config, SAMPLING_SEED)
+            change = self.weight_change()
+        losses = {f"loss_{name}": self.loss_on(those) for name, those in self.losses_on.items()}
+        trainer.transformer.train()
+        key = {"arm": self.arm.name, "seed": self.seed, "step": step, "blend": blend}
+        rows = []
+        with torch.no_grad():
+            for (where, prompt), clip in zip(self.prompts, clips):
+                found = dataclasses.asdict(cl.distortion(clip, self.references[where]))
+                found.pop("unjudged")
+                truth = {
+                    "pose_iou": world.subject_iou(clip[SAMPLED_FRAMES]),
+                    "concept": world.concept_score(clip[SAMPLED_FRAMES]),
+                }
+                rows.append({**key, "set": where, "prompt": prompt, **found, **truth})
+        alike = {
+            f"similarity_{name}": cl.similarity([c for (where, _), c in zip(self.prompts, clips) if where == name])
+            for name in self.losses_on
+        }
+        return rows, {**key, "weight_change": change, **losses, **alike}, clips
+
+    @contextlib.contextmanager
+    def blended(self, share):
+        """The weights a share of the way from the base, for a while. (Of an adapter: both its matrices by the root of it.)"""
+        tuned = [p.detach().clone() for p in self.trainer.parameters]
+        with torch.no_grad():
+            for p, began in zip(self.trainer.parameters, self.began):
+                if self.arm.fields["method"] == "full":
+                    p.copy_(began + share * (p - began))
+                else:
+                    p.mul_(share**0.5)
+        yield
+        with torch.no_grad():
+            for p, kept in zip(self.trainer.parameters, tuned):
+                p.copy_(kept)
+
+
+CURVE = ("loss", "grad_norm", "update_ratio", "changed_share")
+CURVE_STEPS = 25  # a row of curves.csv is the mean over so many steps
+
+
+def run_arm(job):
+    """One (arm, seed) in a process of its own: (clip rows, run rows, curve rows). The base itself is the arm "base"."""
+    name, seed, work = job
+    torch.set_num_threads(
+        1
+    )  # two processes of one thread do more than one of two, and rounding is the same on any machine
+    cv2.setNumThreads(1)
+    cl.quiet_libraries()
+    base_only = name == "base"
+    arm = Arm("base", (), {**CASE, "lr": 1e-6, **FULL}, (0,)) if base_only else study_arms()[name]
+    bench = Bench(arm if not base_only else dataclasses.replace(arm, at=(1,)), seed, work)
+    clip_rows, run_rows, curve, pending = [], [], [], []
+
+    def judge(step, blend=1.0):
+        rows, row, clips = bench.judge(step, blend)
+        clip_rows.extend(rows)
+        run_rows.append(row)
+        sheet = cl.contact_sheet(
+            clips, [f"{where}: {prompt}" for where, prompt in bench.prompts], columns=4, least_px=64
+        )
+        file = work / "sheets" / f"{name} seed {seed} step {step} blend {blend:g}.png".replace(" ", "_")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(file)
+
+    if base_only:
+        judge(0)
+        return clip_rows, run_rows, curve
+    for step in range(arm.at[-1]):
+        try:
+            metrics = bench.trainer.step(step)
+        except cl.RunError:  # a loss that is not finite ends the arm: that is a result
+            run_rows.append({"arm": name, "seed": seed, "step": step + 1, "blend": 1.0, "weight_change": math.inf})
+            break
+        pending.append(metrics)
+        if len(pending) == CURVE_STEPS:
+            means = {k: statistics.fmean(m[k] or 0.0 for m in pending) for k in CURVE}
+            curve.append({"arm": name, "seed": seed, "step": step + 1, **means})
+            pending = []
+        if step + 1 in arm.at:
+            judge(step + 1)
+    for share in arm.blends:
+        with bench.blended(share):
+            judge(arm.at[-1], share)
+    return clip_rows, run_rows, curve
+
+
+TABLES = ("clips", "runs", "curves")
+
+
+def table(name):
+    return RESULTS / f"study_{name}.csv"
+
+
+def read_table(path):
+    """Rows of a CSV file, numbers as numbers."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: as_number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def as_number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def append_rows(path, rows):
+    """Add rows to a table, in whole or not at all."""
+    if not rows:
+        return
+    kept = path.read_text() if path.exists() else ",".join(rows[0]) + "\n"
+    header = kept.partition("\n")[0].split(",")
+    text = io.StringIO()
+    out = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    out.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    partial = path.with_suffix(".partial")
+    partial.write_text(kept + text.getvalue())
+    os.replace(partial, path)
+
+
+def run_study(work, only, questions, seeds, jobs, hours):
+    """Run what is not in the tables yet, seed by seed, and add its rows as soon as it is finished."""
+    import concurrent.futures
+    import multiprocessing
+
+    RESULTS.mkdir(exist_ok=True)
+    done = {(r["arm"], int(r["seed"])) for r in read_table(table("runs"))}
+    arms = study_arms()
+    wanted = [
+        a
+        for a in arms.values()
+        if (not only or a.name in only) and (not questions or set(questions) & set(a.questions))
+    ]
+    todo = [("base", 0, work)] if ("base", 0) not in done else []
+    todo += [(a.name, seed, work) for seed in seeds for a in wanted if (a.name, seed) not in done]
+    cost = {name: arm.cost for name, arm in arms.items()} | {"base": 250}
+    bar = tqdm(total=sum(cost[name] for name, *_ in todo), unit="step", smoothing=0.02, desc=f"{len(todo)} runs")
+    until, waiting = time.monotonic() + 3600 * hours, list(todo)
+    if todo:  # clips, prompts and real clips' statistics are coded once, before two processes would do it at a time
+        Bench(Arm("first", (), {**CASE, "clips": 200, "lr": 1e-6, **FULL}), 0, work)
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        running = {}
+        while waiting or running:
+            while waiting and len(running) < jobs and time.monotonic() < until:
+                job = waiting.pop(0)
+                running[pool.submit(run_arm, job)] = job
+            if not running:
+                break
+            finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                name, seed, _ = running.pop(future)
+                found = dict(zip(TABLES, future.result()))
+                for kind in ("clips", "curves", "runs"):  # the runs last: what stands there is finished
+                    append_rows(table(kind), found[kind])
+                bar.update(cost[name])
+                bar.set_postfix_str(f"{name}, seed {seed}")
+    bar.close()
+    print(f"{len(waiting)} runs left; the same command goes on with them" if waiting else "all runs are in the tables")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["validate"])
+    parser.add_argument("step", choices=["validate", "run"])
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
+    parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="of run: these arms [all]")
+    parser.add_argument("--questions", nargs="+", type=int, help="of run: arms of these questions [all]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
+    parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after this time")
+    parser.add_argument(
+        "--work", type=Path, default=Path("~/.cache/cogvideo_lite/study"), help="cache and contact sheets [%(default)s]"
+    )
     args = parser.parse_args(argv)
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
+    if args.step == "run":
+        torch.set_num_threads(1)
+        cl.quiet_libraries()
+        run_study(args.work.expanduser(), args.only, args.questions, args.seeds, args.jobs, args.hours)
+        return
     torch.set_grad_enabled(False)
     validate(args.clips, args.worlds)
 
