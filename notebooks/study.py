@@ -2,6 +2,8 @@
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
+    python notebooks/study.py results       its table: mean and spread over seeds of each arm
+    python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
 
 `run` can be stopped at any time; the same command goes on.
 
@@ -633,13 +635,74 @@ def run_study(work, only, questions, seeds, jobs, hours):
     print(f"{len(waiting)} runs left; the same command goes on with them" if waiting else "all runs are in the tables")
 
 
+# ------------------------------------------------------------------------------------------------------ what came of it
+
+
+def checkpoints():
+    """A dict for each judged checkpoint, from the tables: what the runs' table says of it, and for each measure of the clips the
+    mean over the prompts of each set, such as score_concept and pose_iou_away."""
+    key = lambda row: (row["arm"], int(row["seed"]), int(row["step"]), row["blend"])  # noqa: E731
+    found = {key(row): dict(row) for row in read_table(table("runs"))}
+    clips = {}
+    for row in read_table(table("clips")):
+        clips.setdefault((key(row), row["set"]), []).append(row)
+    for (at, where), rows in clips.items():
+        if at in found:  # else its run is not finished
+            for name in rows[0]:
+                if name not in ("arm", "seed", "step", "blend", "set", "prompt"):
+                    found[at][f"{name}_{where}"] = statistics.fmean(row[name] for row in rows)
+    return list(found.values())
+
+
+def agreement():
+    """Print how the distortion score and the truth, pose IoU, agree on what the study's models made, sound and ruined."""
+    from scipy.stats import spearmanr
+
+    made = [c for c in checkpoints() if "score_away" in c]
+    print(f"{len(made)} checkpoints of {len({c['arm'] for c in made})} arms: Spearman of distortion score and pose IoU")
+    for where in ("concept", "away"):
+        score, truth = ([c[f"{name}_{where}"] for c in made] for name in ("score", "pose_iou"))
+        rho = spearmanr(score, truth).statistic
+        print(
+            f"  prompts {where:8} {rho:6.2f}   score {min(score):.1f} to {max(score):.1f}, pose IoU {min(truth):.2f} to {max(truth):.2f}"
+        )
+    clips = read_table(table("clips"))
+    rho = spearmanr([r["score"] for r in clips], [r["pose_iou"] for r in clips]).statistic
+    print(f"  single clips     {rho:6.2f}   ({len(clips)} of them)")
+
+
+SHOWN = {
+    "score_concept": "distortion", "pose_iou_concept": "pose IoU", "concept_concept": "concept", "score_away": "away: distortion",
+    "pose_iou_away": "away: pose IoU", "concept_away": "away: concept", "loss_concept": "held-out loss", "loss_away": "away: loss",
+    "weight_change": "weight change",
+}  # fmt: skip
+
+
+def results(questions, only):
+    """Print a Markdown table of the arms: mean, half the range over seeds, number of seeds."""
+    made, arms = checkpoints(), study_arms()
+    print("| arm | step | blend | seeds | " + " | ".join(SHOWN.values()) + " |")
+    print("| --- " * 4 + "| ---: " * len(SHOWN) + "|")
+    for at in dict.fromkeys((c["arm"], c["step"], c["blend"]) for c in made):
+        arm = arms.get(at[0])
+        if (only and at[0] not in only) or (questions and not (arm and set(questions) & set(arm.questions))):
+            continue
+        mine = [c for c in made if (c["arm"], c["step"], c["blend"]) == at]
+        cells = []
+        for name in SHOWN:
+            values = [c[name] for c in mine if isinstance(c.get(name), float)]
+            half = (max(values) - min(values)) / 2 if values else 0
+            cells.append(f"{statistics.fmean(values):.3g} ± {half:.1g}" if values else "")
+        print(f"| {at[0]} | {at[1]:g} | {at[2]:g} | {len(mine)} | " + " | ".join(cells) + " |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["validate", "run"])
+    parser.add_argument("step", choices=["validate", "run", "agreement", "results"])
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
-    parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="of run: these arms [all]")
-    parser.add_argument("--questions", nargs="+", type=int, help="of run: arms of these questions [all]")
+    parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
+    parser.add_argument("--questions", nargs="+", type=int, help="arms of these questions [all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after this time")
@@ -652,6 +715,12 @@ def main(argv=None):
         torch.set_num_threads(1)
         cl.quiet_libraries()
         run_study(args.work.expanduser(), args.only, args.questions, args.seeds, args.jobs, args.hours)
+        return
+    if args.step == "agreement":
+        agreement()
+        return
+    if args.step == "results":
+        results(args.questions, args.only)
         return
     torch.set_grad_enabled(False)
     validate(args.clips, args.worlds)
