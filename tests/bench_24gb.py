@@ -109,23 +109,31 @@ def kernel_gib(name):
 
 
 def flops(name, method, frames, height, width):
-    """Of one step on one clip, with checkpointing: multiplications and additions of matrix products and attention."""
+    """Of one step on one clip, with checkpointing, in matrix products and in attention: multiplications and additions."""
     heads, layers = (ARCHITECTURES[name][k] for k in ("num_attention_heads", "num_layers"))
     width_, tokens = 64 * heads, 226 + ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
     linear, attention = 2 * 12 * width_**2 * tokens * layers, 4 * tokens**2 * width_ * layers
     # Twice forward (once more for the checkpoints), gradients of the inputs, and with --full those of the weights too.
-    return linear * (4 if method == "full" else 3) + attention * 4
+    # Backward through attention takes five products where forward takes two.
+    return linear * (4 if method == "full" else 3), attention * 4.5
 
 
-def rate(dtype):
-    """Matrix products of this processor, in FLOP/s, measured for two seconds."""
+def rates(dtype):
+    """FLOP/s of this processor in matrix products and in attention, measured for a second each: attention runs in kernels of its
+    own, which can be several times slower."""
     import torch
 
-    a, b, n, start = torch.rand(2048, 2048).to(dtype), torch.rand(2048, 2048).to(dtype), 0, time.perf_counter()
-    while time.perf_counter() - start < 2 or n < 2:
-        a @ b
-        n += 1
-    return n * 2 * 2048**3 / (time.perf_counter() - start)
+    def measured(work, flop):
+        n, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 1 or n < 2:
+            work()
+            n += 1
+        return n * flop / (time.perf_counter() - start)
+
+    a, b = torch.rand(2048, 2048).to(dtype), torch.rand(2048, 2048).to(dtype)
+    q = torch.randn(1, 4, 4096, 64).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return measured(lambda: a @ b, 2 * 2048**3), measured(lambda: attend(q, q, q), 4 * 4 * 4096**2 * 64)
 
 
 def row(name, method, folder, size, minutes, steps):
@@ -138,12 +146,13 @@ def row(name, method, folder, size, minutes, steps):
     config, base, _ = cl.resolve(cl.Config(method=method, model=str(folder), warmup=1))
     accelerator = Accelerator(mixed_precision="no", cpu=True)
     dtype, why = cl.choose_compute_dtype(accelerator.device, base)
-    speed = rate(dtype)
-    predicted = {s: flops(name, method, *s) / speed / 60 for s in SIZES}
+    speeds = rates(dtype)
+    minutes_at = lambda s: sum(f / speed for f, speed in zip(flops(name, method, *s), speeds)) / 60  # noqa: E731
+    predicted = {s: minutes_at(s) for s in SIZES}
     if size is None:
         size = next((s for s in SIZES if predicted[s] * steps < minutes), SIZES[-1])
     frames, height, width = size
-    told = f"{predicted.get(size, flops(name, method, *size) / speed / 60):.0f} minutes a step predicted at {speed / 1e12:.2f} TFLOP/s"
+    told = f"{minutes_at(size):.0f} minutes a step predicted at {speeds[0] / 1e12:.2f} TFLOP/s ({speeds[1] / 1e12:.2f} in attention)"
     full = f"; {predicted[SIZES[0]]:.0f} at 49x480x720" if size != SIZES[0] else ""
     print(f"{name} {method} at {frames}x{height}x{width}, {dtype} ({why}): {told}{full}", file=sys.stderr)
     config.frames, config.height, config.width, config.compute_dtype = *size, str(dtype).removeprefix("torch.")
