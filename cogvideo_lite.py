@@ -1073,6 +1073,12 @@ def round_stochastically(x, generator):
     return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()
 
 
+def squares(tensor):
+    """Sum of squares, in float32, in one pass."""
+    flat = tensor.detach().float().flatten()
+    return flat.dot(flat)
+
+
 class Updates:
     """Steps the trained weights, one tensor at a time, each with an optimizer of its own.
 
@@ -1106,7 +1112,7 @@ class Updates:
         with torch.no_grad():
             self.under_way = True
             p, shown, optimizer = self.parameters[i], self.shown[i], self.optimizers[i]
-            old, gradients = p.detach().clone(), p.grad.float().square().sum()
+            old, gradients = p.detach().clone(), squares(p.grad)
             if shown is not p:
                 shown.data, shown.grad = p.float(), p.grad.float()
             optimizer.param_groups[0]["lr"] = self.lr
@@ -1125,8 +1131,8 @@ class Updates:
                     p.copy_(shown.data)
                 shown.grad, shown.data = None, torch.empty(0, device=p.device)
             p.grad = None
-            change = (p.float() - old.float()).square().sum()
-            self.sums += torch.stack([change, old.float().square().sum(), gradients, (p != old).sum()])
+            change = p.float() - old.float()
+            self.sums += torch.stack([squares(change), squares(old), gradients, change.count_nonzero()])
 
     def step(self):
         if not self.config.fused_backward:
