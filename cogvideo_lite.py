@@ -3,6 +3,7 @@
     python cogvideo_lite.py --lora                                                   the bundled nano model, on any CPU
     python cogvideo_lite.py --qlora --model THUDM/CogVideoX-5b --data my_clips       the real one, its base in 4 bits
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
+    python cogvideo_lite.py --plan --full --model THUDM/CogVideoX-5b --vram 24       will that fit, and what would?
     python cogvideo_lite.py --sample "a spider named kumo moving left over water" --run runs/lora-...
     python cogvideo_lite.py --merge runs/lora-...                                    adapter plus base as one transformer
     python cogvideo_lite.py --compare runs/lora-... runs/full-...                    a page that puts runs side by side
@@ -2529,14 +2530,14 @@ class Ledger:
 
 @dataclass(eq=False)
 class Block:
-    """A piece of what the allocator has of the card; `before` and `after` it in memory lie its neighbours."""
+    """A piece of a segment that the allocator has from the card, between its neighbours."""
 
+    address: int
     bytes: int
     small: bool
     before: "Block" = None
     after: "Block" = None
     free: bool = False
-    age: int = 0
 
 
 class Allocator:
@@ -2548,9 +2549,9 @@ class Allocator:
     """
 
     def __init__(self):
-        self.free = {True: [], False: []}  # for small pieces, for others: sorted (bytes, age, Block)
+        self.free = {True: [], False: []}  # for small pieces, for others: sorted (bytes, address, Block)
         self.blocks = {}  # Memory -> Block
-        self.reserved = self.most = self.count = 0  # bytes, bytes, blocks that were set free
+        self.reserved = self.most = self.addresses = 0  # bytes; each segment lies behind the last
 
     def take(self, memory):
         if not memory.bytes:
@@ -2566,9 +2567,10 @@ class Allocator:
             segment = 2 * 2**20 if small else 20 * 2**20 if size < 10 * 2**20 else -(-size // 2**21) * 2**21
             self.reserved += segment
             self.most = max(self.most, self.reserved)
-            block = Block(segment, small)
+            block = Block(self.addresses, segment, small)
+            self.addresses += segment
         if block.bytes - size >= (512 if small else 2**20 + 512):
-            rest = Block(block.bytes - size, small, block, block.after)
+            rest = Block(block.address + size, block.bytes - size, small, block, block.after)
             if rest.after:
                 rest.after.before = rest
             block.after, block.bytes = rest, size
@@ -2584,15 +2586,14 @@ class Allocator:
         for side in ("before", "after"):
             other = getattr(block, side)
             if other and other.free:
-                pool.pop(bisect.bisect_left(pool, (other.bytes, other.age)))
+                pool.pop(bisect.bisect_left(pool, (other.bytes, other.address)))
                 first, second = (other, block) if side == "before" else (block, other)
                 first.bytes, first.after = first.bytes + second.bytes, second.after
                 if first.after:
                     first.after.before = first
                 block = first
-        self.count += 1
-        block.free, block.age = True, self.count
-        bisect.insort(pool, (block.bytes, block.age, block))
+        block.free = True
+        bisect.insort(pool, (block.bytes, block.address, block))
 
     def empty_cache(self):
         """Give whole free segments back to the driver."""
@@ -2706,17 +2707,33 @@ def offloaded():
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+@contextlib.contextmanager
+def tables_with_contents():
+    """Let bitsandbytes' optimizers compute their tables of 256 numbers for real, since they read them."""
+    import bitsandbytes.functional as functional
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    compute = functional.create_dynamic_map
+
+    def outside(*args, **kwargs):
+        with unset_fake_temporarily():
+            return compute(*args, **kwargs)
+
+    functional.create_dynamic_map = outside
+    try:
+        yield
+    finally:
+        functional.create_dynamic_map = compute
+
+
 def rehearse(config, base, layers=None, card=True, sampling=True):
     """Ledger of the phases "training" (one step, in three stages: forward, backward, update) and "sampling".
 
     What is done is what Trainer does, except what reads numbers. layers: only so many blocks of the transformer.
     """
-    from unittest import mock
-
-    import bitsandbytes as bnb
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
     stored = getattr(torch, base.stored)
@@ -2736,12 +2753,6 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
     compute_in_dtype_of_input(transformer, dtype)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    tables = bnb.functional.create_dynamic_map
-
-    def with_contents(*args, **kwargs):  # bitsandbytes computes its tables of 256 numbers, and reads them
-        with unset_fake_temporarily():
-            return tables(*args, **kwargs)
-
     size = config.height // base.spatial, config.width // base.spatial
     shape = sum(base.latent_frames(config.frames)), base.transformer["in_channels"], *size  # (T, C, h, w)
     text = base.text_length, base.transformer.get("text_embed_dim", 4096)
@@ -2750,7 +2761,7 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(bnb.functional, "create_dynamic_map", with_contents),
+        tables_with_contents(),
         ledger.watch(),
     ):
         ledger.begin("loading")
@@ -2873,28 +2884,37 @@ def resolve_plan(config, **changes):
     config = dataclasses.replace(config, **changes)
     config, base, _ = resolve(config, describe(config.model))
     config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
+    config.fused_backward = config.fused_backward and config.compute_dtype != "float16"  # as `train`
     return config, base
 
 
-def estimate(planned, **changes):
-    """Phase -> GiB with some options changed, from short rehearsals: with two and with three of the transformer's blocks, which
-    tell what one of them adds to each stage of a step. The allocator's share is taken to be that of the plan."""
-    config, base = resolve_plan(planned.asked, **changes)
-    short = [rehearse(config, base, layers, sampling=False) for layers in (2, 3)]
+def from_few_blocks(config, base, sampling=False):
+    """What a rehearsal of the whole would find, told from two and from three of the transformer's blocks: (GiB of tensors at the
+    peak of a training step, GiB for sampling or None, GiB of what stays by kind, FLOP of a step). Each block adds the same to
+    what stays and to the peak of each stage."""
+    two, three = rehearse(config, base, 2, sampling=sampling), rehearse(config, base, 3, sampling=False)
     more = base.transformer["num_layers"] - 2
+    peaks = [[ledger.peak_bytes("training", stage) / GIB for stage in STAGES] for ledger in (two, three)]
+    peak = max(a + more * (b - a) for a, b in zip(*peaks))
+    a, b = two.split("training"), three.split("training")
+    stays = {kind: a[kind] + more * (b[kind] - a[kind]) for kind in ("weights", "adapters", "optimizer")}
+    if sampling:
+        sampling = sum(two.split("sampling").values()) + sum(gib - a[kind] for kind, gib in stays.items())
+    return peak, sampling or None, stays, two.flops + more * (three.flops - two.flops)
 
-    def all_layers(two, three):
-        return two + more * (three - two)
 
-    peaks = [all_layers(*(led.peak_bytes("training", stage) / GIB for led in short)) for stage in STAGES]
-    stays = ("weights", "adapters", "optimizer")
-    before, splits = planned.phases["training"], [led.split("training") for led in short]
-    tensors = sum(before[kind] for kind in KINDS)
-    needs = planned.needs_gib
-    needs["training"] = max(peaks) * (1 + before["allocator"] / tensors) + CONTEXT_GIB
-    needs["sampling"] += sum(all_layers(*(split[kind] for split in splits)) - before[kind] for kind in stays)
-    if {"frames", "height", "width", "quantize_text_encoder"} & set(changes):
+def estimate(planned, **changes):
+    """Phase -> GiB with some options changed, `from_few_blocks`. The allocator's share is taken to be that of the plan."""
+    config, base = resolve_plan(planned.asked, **changes)
+    parts, needs = planned.phases["training"], planned.needs_gib
+    resized = bool({"frames", "height", "width"} & set(changes))
+    if resized or "quantize_text_encoder" in changes:
         needs["caching"] = sum(rehearse_caching(config, base).split("caching").values())
+    if set(changes) == {"quantize_text_encoder"}:
+        return needs
+    peak, sampling, stays, _ = from_few_blocks(config, base, resized)
+    needs["training"] = peak * (1 + parts["allocator"] / sum(parts[kind] for kind in KINDS)) + CONTEXT_GIB
+    needs["sampling"] = sampling or needs["sampling"] + sum(gib - parts[kind] for kind, gib in stays.items())
     return needs
 
 
@@ -2934,7 +2954,7 @@ def fitting(planned, vram):
         if left:
             turned.append(left[0])
             found = max(estimate(planned, **{**changes, **left[0]}).values())
-            if found < peak - 0.05:
+            if found < 0.995 * peak:
                 changes, peak = {**changes, **left[0]}, found
         if not left or peak <= vram:
             best = plan(resolve_plan(planned.asked, **changes)[0])
@@ -3023,7 +3043,7 @@ def plan_command(config, vram=None, card=None):
         rows.append((max(changed.values()) - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
     for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
         where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
-        print(f"  {change + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
+        print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
     if fits:
         return
     changes, found = fitting(planned, vram)
