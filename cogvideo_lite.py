@@ -34,6 +34,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -2407,8 +2408,13 @@ def describe(model):
         transformer, scaling_factor, stored = PUBLISHED[name]
         return Described(Path(model), transformer, dict(PUBLISHED_VAE, scaling_factor=scaling_factor), T5_XXL, stored)
     base = find_base(model)
-    text_encoder = json.loads((base.folder / "text_encoder/config.json").read_text())
-    stored = str(dtype_on_disk(base.folder / "transformer")).removeprefix("torch.")
+    try:
+        text_encoder = json.loads((base.folder / "text_encoder/config.json").read_text())
+        stored = str(dtype_on_disk(base.folder / "transformer")).removeprefix("torch.")
+    except (FileNotFoundError, StopIteration):
+        raise UserError(
+            f"model '{model}': a plan needs its text_encoder/config.json and a weight file of its transformer"
+        )
     return Described(base.folder, base.transformer, base.vae, text_encoder, stored)
 
 
@@ -2678,6 +2684,7 @@ def rehearse_caching(config, base, card=True):
     with torch.device("meta"):
         vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
         text_encoder = shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), dtype)
+    text_encoder.set_input_embeddings(text_encoder.shared)  # one table, as when it is loaded
     if dtype == torch.float16:  # as transformers keeps it
         for name, p in text_encoder.named_parameters():
             p.data = p.data.float() if ".wo." in name else p.data
@@ -2689,7 +2696,6 @@ def rehearse_caching(config, base, card=True):
         vae.encode(torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype))
         del vae
         take_memory(ledger, text_encoder)
-        text_encoder.tie_weights()
         text_encoder(torch.zeros(1, base.text_length, dtype=torch.long))
     return ledger
 
@@ -2974,7 +2980,8 @@ def as_options(values):
         elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words.append(f"--{flag} {value}")
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(shlex.quote(str(v)) for v in values)]
     return " ".join(words)
 
 

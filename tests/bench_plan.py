@@ -83,6 +83,7 @@ def foreign_run(row):
         text_encoder = cl.shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), half)
         transformer = cl.shapes_only(CogVideoXTransformer3DModel.from_config(base.transformer), half)
         vae = cl.shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), half)
+        text_encoder.set_input_embeddings(text_encoder.shared)
         for buffer in transformer.buffers():  # 2B's table of positions
             buffer.data = buffer.data.to(half)
     if lora:
@@ -97,7 +98,6 @@ def foreign_run(row):
     with FakeTensorMode(allow_non_fake_inputs=True), cl.tables_with_contents(), ledger.watch():
         if row["before_gib"]:  # else T5 and VAE were not on the card
             cl.take_memory(ledger, text_encoder)
-            text_encoder.tie_weights()
         cl.take_memory(ledger, transformer)
         if row["before_gib"]:
             cl.take_memory(ledger, vae)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 import json
+import shlex
 import sys
 
 import pytest
@@ -320,16 +321,29 @@ BAD = {
     "no memory": (["--plan", "--lora", "--vram", "-1"], "--vram -1: must be a number of GiB above 0"),
     "an unknown card": (["--plan", "--lora", "--card", "abacus"], "must be one of T4, L4"),
     "an unknown model": (["--plan", "--lora", "--model", "nowhere/at/all"], "no such folder"),
+    "a folder without weights": (["--plan", "--lora", "--model", "EMPTY"], "a plan needs"),
     "frames that are not 8k + 1": (["--plan", "--lora", "--model", LARGE["5b"], "--frames", "48"], "must be 8k + 1"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(case, capsys):
+def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys):
+    for part in (".", "transformer", "vae"):  # of the bundled model, its configurations alone
+        (tmp_path / part).mkdir(exist_ok=True)
+        for file in (NANO / part).glob("*.json"):
+            (tmp_path / part / file.name).write_text(file.read_text())
     arguments, words = BAD[case]
-    assert cl.main(arguments) == 2
+    assert cl.main([str(tmp_path) if a == "EMPTY" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+
+
+def test_options_are_spelled_as_the_command_line_takes_them():
+    fields = dict(
+        method="qlora", frames=17, compile=False, ema_on_cpu=True, validation_prompts=["a red spider", "kumo"]
+    )
+    given = cl.parser().parse_args(shlex.split(cl.as_options(fields)))
+    assert fields.items() <= vars(given).items()
 
 
 def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
