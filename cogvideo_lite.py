@@ -2883,11 +2883,17 @@ def plan(config, card=True):
     return Plan(config, resolved, phases, ledger.flops)
 
 
+def changed(config, **changes):
+    """A configuration with some options changed; another method leaves out what only --full has."""
+    config = dataclasses.replace(config, **changes)
+    if changes.get("method", "full") != "full":
+        config.trained_dtype = config.fused_backward = None
+    return config
+
+
 def resolve_plan(config, **changes):
     """(resolved Config, Described) of a configuration with some options changed. Raises UserError."""
-    if changes.get("method", "full") != "full":  # these are for --full only
-        changes = {"trained_dtype": None, "fused_backward": None, **changes}
-    config = dataclasses.replace(config, **changes)
+    config = changed(config, **changes)
     config, base, _ = resolve(config, describe(config.model))
     config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
     config.fused_backward = config.fused_backward and config.compute_dtype != "float16"  # as `train`
@@ -2963,7 +2969,7 @@ def fitting(planned, vram):
             if found < 0.995 * peak:
                 changes, peak = {**changes, **left[0]}, found
         if not left or peak <= vram:
-            best = plan(resolve_plan(planned.asked, **changes)[0])
+            best = plan(changed(planned.asked, **changes))
             peak = best.peak_gib
         if not left:
             break
@@ -3045,9 +3051,9 @@ def plan_command(config, vram=None, card=None):
     print("\nwhat would change the peak, estimated:", flush=True)
     rows = []
     for name, changes in knobs(c):
-        changed = estimate(planned, **changes)
-        by_phase = {phase: changed[phase] - need for phase, need in needs.items()}
-        rows.append((max(changed.values()) - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
+        then = estimate(planned, **changes)
+        by_phase = {phase: then[phase] - need for phase, need in needs.items()}
+        rows.append((max(then.values()) - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
     for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
         where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
         print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
@@ -3057,9 +3063,11 @@ def plan_command(config, vram=None, card=None):
     if changes is None:
         print(f"\nnothing found that fits in {vram:g} GiB: the least needs {found.peak_gib:.1f}")
         return
-    said = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
-            if f.name == "method" or getattr(config, f.name) != f.default}  # fmt: skip
-    print(f"\nthis fits, with {found.peak_gib:.1f} GiB:\n  python cogvideo_lite.py {as_options({**said, **changes})}")
+    wanted = dataclasses.asdict(changed(config, **changes))
+    said = {
+        f.name: wanted[f.name] for f in dataclasses.fields(Config) if f.name == "method" or wanted[f.name] != f.default
+    }
+    print(f"\nthis fits, with {found.peak_gib:.1f} GiB:\n  python cogvideo_lite.py {as_options(said)}")
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -303,10 +303,18 @@ def test_what_fits_is_found_by_turning_knobs_and_planned_in_full(midsize, monkey
     planned = cl.plan(asked)
     changes, found = cl.fitting(planned, 0.6 * planned.peak_gib)
     assert changes and found.peak_gib <= 0.6 * planned.peak_gib
-    again = cl.plan(cl.resolve_plan(asked, **changes)[0])
+    again = cl.plan(cl.changed(asked, **changes))
     assert again.peak_gib == pytest.approx(found.peak_gib, rel=1e-3)
     changes, least = cl.fitting(planned, 1e-3)
     assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
+
+
+def test_another_method_leaves_out_what_only_full_has():
+    asked = cl.Config(method="full", model=LARGE["2b"], trained_dtype="float32", fused_backward=False)
+    config, _ = cl.resolve_plan(asked, trained_dtype="bfloat16", method="qlora")
+    assert (config.method, config.trained_dtype, config.fused_backward) == ("qlora", None, False)
+    with pytest.raises(cl.UserError, match="only for --full"):  # what the user said is not left out
+        cl.resolve_plan(cl.Config(method="lora", model=LARGE["2b"], trained_dtype="float32"))
 
 
 def test_the_time_on_a_card_is_its_published_rate_times_the_stated_share():
