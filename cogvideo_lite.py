@@ -3,14 +3,15 @@
     python cogvideo_lite.py --lora                                                   the bundled nano model, on any CPU
     python cogvideo_lite.py --qlora --model THUDM/CogVideoX-5b --data my_clips       the real one, its base in 4 bits
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
+    python cogvideo_lite.py --plan --full --model THUDM/CogVideoX-5b --vram 24       will that fit, and what would?
     python cogvideo_lite.py --sample "a spider named kumo moving left over water" --run runs/lora-...
     python cogvideo_lite.py --merge runs/lora-...                                    adapter plus base as one transformer
     python cogvideo_lite.py --blend runs/full-... 0.5                                halfway back to the base
     python cogvideo_lite.py --compare runs/lora-... runs/full-...                    a page that puts runs side by side
 
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept and computed,
-cache, diffusion, adapters, optimizers, checkpoints, sampling, distortion, training, comparison and blending, command line. The model
-classes are diffusers' own; so is the sampler. What is written here is what happens between a folder of clips and weights
+cache, diffusion, adapters, optimizers, checkpoints, sampling, distortion, training, comparison and blending, memory plan, command
+line. The model classes are diffusers' own; so is the sampler. What is written here is what happens between a folder of clips and weights
 that stock diffusers loads, and how to tell whether they bent the subject.
 
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
@@ -20,6 +21,8 @@ What it does not do (yet): image-to-video, LoRA on the text encoder, buckets of 
 """
 
 import argparse
+import bisect
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -32,11 +35,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
 import time
 import tomllib
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,13 +198,13 @@ def check_numbers(config):
         raise UserError(f"--frames {config.frames}: must be 8k + 1, such as {max(9, config.frames // 8 * 8 + 1)}")
 
 
-def resolve(config):
+def resolve(config, base=None):
     """Fill what the user left out, from the model's own configuration and the recipe. Returns (config, base, why).
 
     `why` is a list of (what, reason) lines for the banner. Raises UserError.
     """
     check_numbers(config)
-    base = find_base(config.model)
+    base = base or find_base(config.model)
     recipe = dict(RECIPES["nano" if base.width < 1000 else "large", config.method])
     source, why = recipe.pop("source"), []
     taken = {k: v for k, v in recipe.items() if getattr(config, k) is None}
@@ -2495,6 +2500,722 @@ set(true); follow();
 """
 
 
+# --------------------------------------------------------------------------------------------------------- memory plan
+# Will it fit, how long will it take, and which knob helps? The code that trains is run for two steps, with the real
+# architecture, on tensors that have a shape but no contents (torch's FakeTensorMode), and what it takes and gives back is
+# written down. That needs no weights and no GPU. What is written down is then played to a model of CUDA's allocator.
+
+GIB = 2**30
+STAGES = ("forward", "backward", "update")  # of a training step
+CONTEXT_GIB = 0.6  # assumed, not predicted: the driver's context, kernels and their workspaces
+KINDS = ("weights", "adapters", "gradients", "optimizer", "saved activations", "working space")
+
+# The published models' config.json files, as far as they differ from the constructors' defaults or are read here.
+SHARED = dict(
+    attention_head_dim=64, in_channels=16, out_channels=16, patch_size=2, max_text_seq_length=226,
+    sample_frames=49, sample_height=60, sample_width=90, spatial_interpolation_scale=1.875,
+)  # fmt: skip
+NARROW = dict(SHARED, num_attention_heads=30, num_layers=30, use_rotary_positional_embeddings=False)
+WIDE = dict(SHARED, num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+LONG = dict(WIDE, sample_frames=81, sample_height=300, sample_width=300, patch_size_t=2, patch_bias=False)
+PUBLISHED = {  # name -> (transformer, scaling factor of its latents, dtype of its files)
+    "CogVideoX-2b": (NARROW, 1.15258426, "float16"),
+    "CogVideoX-5b": (WIDE, 0.7, "bfloat16"),
+    "CogVideoX1.5-5B": (LONG, 0.7, "bfloat16"),
+}
+PUBLISHED_VAE = dict(
+    block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16, temporal_compression_ratio=4,
+    down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+)  # fmt: skip
+T5_XXL = dict(
+    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+)
+
+# NVIDIA's data sheets: dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and GiB.
+CARDS = {
+    "T4": (65, 16), "L4": (121, 24), "A10": (125, 24), "RTX 3090": (71, 24), "RTX 4090": (165, 24), "RTX 5090": (209, 32),
+    "RTX A6000": (155, 48), "L40S": (362, 48), "A100 40GB": (312, 40), "A100 80GB": (312, 80), "H100": (989, 80),
+}  # fmt: skip
+UTILISATION = 0.4  # share of that rate that a run gets: assumed. PaLM's training reports 0.46 (arXiv 2204.02311)
+
+
+@dataclass(frozen=True)
+class Described(Base):
+    """A Base of which the weights need not be there."""
+
+    text_encoder: dict
+    stored: str  # dtype of the transformer's files
+
+
+def describe(model):
+    """Described of a published model's id, without the network, or of a pipeline folder. Raises UserError."""
+    owner, _, name = model.partition("/")
+    if owner in ("THUDM", "zai-org") and name in PUBLISHED and not resolve_path(model).is_dir():
+        transformer, scaling_factor, stored = PUBLISHED[name]
+        return Described(Path(model), transformer, dict(PUBLISHED_VAE, scaling_factor=scaling_factor), T5_XXL, stored)
+    base = find_base(model)
+    try:
+        text_encoder = json.loads((base.folder / "text_encoder/config.json").read_text())
+        stored = str(dtype_on_disk(base.folder / "transformer")).removeprefix("torch.")
+    except (FileNotFoundError, StopIteration):
+        raise UserError(
+            f"model '{model}': a plan needs its text_encoder/config.json and a weight file of its transformer"
+        )
+    return Described(base.folder, base.transformer, base.vae, text_encoder, stored)
+
+
+@dataclass(eq=False, slots=True)
+class Memory:
+    """A piece of memory, from when it is taken until it is given back."""
+
+    bytes: int
+    kind: str = "working space"
+
+
+class Ledger:
+    """What memory was taken and given back, in order, by what ran inside `watch`, and how much it computed.
+
+    It sees every operation below autograd and notes the storage of each tensor that comes out. card: whether the run is one
+    on a GPU, whose kernels take a little more and whose allocator rounds.
+    """
+
+    def __init__(self, card=True):
+        self.card = card
+        self.events = []  # (Memory, whether it was taken)
+        self.begun = []  # (phase, stage, number of events before it)
+        self.held = {}  # storage -> (Memory, weak reference to the storage)
+        self.flops = 0  # of matrix products, convolutions and attention; a multiplication and an addition are two
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.held:
+            memory = Memory(storage.nbytes())
+
+            def given_back(_):
+                del self.held[key]
+                self.events.append((memory, False))
+
+            self.held[key] = memory, weakref.ref(storage, given_back)
+            self.events.append((memory, True))
+        return self.held[key][0]
+
+    def label(self, kind, tensors):
+        for tensor in tensors:
+            self.note(tensor).kind = kind
+
+    def begin(self, phase, stage=""):
+        self.begun.append((phase, stage, len(self.events)))
+
+    @contextlib.contextmanager
+    def watch(self):
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+        from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(_, func, types, args=(), kwargs=None):
+                kwargs = kwargs or {}
+                out = func(*args, **kwargs)
+                for tensor in tree_leaves(out):
+                    if isinstance(tensor, torch.Tensor):
+                        self.note(tensor)
+                kind = func._overloadpacket
+                if kind is attention:
+                    self.flops += sdpa_flop_count(*(a.shape for a in args[:3]))
+                elif kind is attention_backward:
+                    self.flops += sdpa_backward_flop_count(*(a.shape for a in args[:4]))
+                    if self.card:  # FlashAttention adds up the queries' gradient in float32
+                        sums = Memory(4 * args[1].numel())
+                        self.events += [(sums, True), (sums, False)]
+                elif kind in flop_registry:
+                    self.flops += flop_registry[kind](*args, **kwargs, out_val=out)
+                return out
+
+        with Watch():
+            yield
+
+    def spans(self, phase, stage=None):
+        """(first, last + 1) of the events of a phase, or of one stage of it, for each time that it began."""
+        ends = [at for _, _, at in self.begun[1:]] + [len(self.events)]
+        return [(a, b) for (p, s, a), b in zip(self.begun, ends) if p == phase and stage in (None, s)]
+
+    def peak_bytes(self, phase, stage=None):
+        """Most that is held at once in a phase, or in one stage of it."""
+        held = most = 0
+        spans = self.spans(phase, stage)
+        for k, (memory, taken) in enumerate(self.events):
+            held += memory.bytes if taken else -memory.bytes
+            if held > most and any(a <= k < b for a, b in spans):
+                most = held
+        return most
+
+    def split(self, phase):
+        """GiB of each kind at the moment in a phase when most is held. On a card also what its allocator reserves beyond
+        that by the end of the phase, if it began without holes, and the context."""
+        spans = self.spans(phase)
+        start, end = spans[0][0], spans[-1][1]
+        held = dict.fromkeys(memory for memory, taken in self.events[:start] if taken)
+        for memory, taken in self.events[:start]:
+            if not taken:
+                del held[memory]
+        allocator, now = Allocator(), collections.Counter()
+        for memory in held:
+            allocator.take(memory)
+            now[memory.kind] += memory.bytes
+        most = now.copy()
+        for memory, taken in self.events[start:end]:
+            (allocator.take if taken else allocator.give_back)(memory)
+            now[memory.kind] += memory.bytes if taken else -memory.bytes
+            if now.total() > most.total():
+                most = now.copy()
+        parts = {kind: most[kind] / GIB for kind in KINDS}
+        if self.card:
+            parts["allocator"] = (allocator.most - most.total()) / GIB
+            parts["context"] = CONTEXT_GIB
+        return parts
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment that the allocator has from the card, between its neighbours."""
+
+    address: int
+    bytes: int
+    small: bool
+    before: "Block" = None
+    after: "Block" = None
+    free: bool = False
+
+
+class Allocator:
+    """torch's caching allocator for CUDA, one stream, default settings (c10/cuda/CUDACachingAllocator.cpp).
+
+    Sizes are rounded up to 512 bytes. Pieces of up to 1 MiB are cut from segments of 2 MiB, those below 10 MiB from segments of
+    20 MiB, larger ones get a segment of their own, rounded up to 2 MiB. What is given back is merged with free neighbours
+    and kept for the next that fits best; the rest of it is cut off, if more than 1 MiB (512 bytes of a small one) is left.
+    """
+
+    def __init__(self):
+        self.free = {True: [], False: []}  # for small pieces, for others: sorted (bytes, address, Block)
+        self.blocks = {}  # Memory -> Block
+        self.reserved = self.most = self.addresses = 0  # bytes; each segment lies behind the last
+
+    def take(self, memory):
+        if not memory.bytes:
+            return
+        size = -(-memory.bytes // 512) * 512
+        small = size <= 2**20
+        pool = self.free[small]
+        at = bisect.bisect_left(pool, (size,))
+        if at < len(pool):
+            block = pool.pop(at)[2]
+            block.free = False
+        else:
+            segment = 2 * 2**20 if small else 20 * 2**20 if size < 10 * 2**20 else -(-size // 2**21) * 2**21
+            self.reserved += segment
+            self.most = max(self.most, self.reserved)
+            block = Block(self.addresses, segment, small)
+            self.addresses += segment
+        if block.bytes - size >= (512 if small else 2**20 + 512):
+            rest = Block(block.address + size, block.bytes - size, small, block, block.after)
+            if rest.after:
+                rest.after.before = rest
+            block.after, block.bytes = rest, size
+            self.set_free(rest)
+        self.blocks[memory] = block
+
+    def give_back(self, memory):
+        if memory.bytes:
+            self.set_free(self.blocks.pop(memory))
+
+    def set_free(self, block):
+        pool = self.free[block.small]
+        for side in ("before", "after"):
+            other = getattr(block, side)
+            if other and other.free:
+                pool.pop(bisect.bisect_left(pool, (other.bytes, other.address)))
+                first, second = (other, block) if side == "before" else (block, other)
+                first.bytes, first.after = first.bytes + second.bytes, second.after
+                if first.after:
+                    first.after.before = first
+                block = first
+        block.free = True
+        bisect.insort(pool, (block.bytes, block.address, block))
+
+    def empty_cache(self):
+        """Give whole free segments back to the driver."""
+        for pool in self.free.values():
+            for entry in [e for e in pool if not e[2].before and not e[2].after]:
+                pool.remove(entry)
+                self.reserved -= entry[0]
+
+
+def shapes_only(model, dtype):
+    """A model on the meta device with its weights in a dtype, frozen, in eval mode, as if it had been loaded."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model.requires_grad_(False).eval()
+
+
+def take_memory(ledger, model, adapters=False):
+    """Give the weights and buffers of a model on the meta device the memory that they need, or those of its adapters."""
+    for name, module in model.named_modules():
+        if ("lora_" in name) == adapters:
+            module.to_empty(device="cpu", recurse=False)
+            mine = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            ledger.label("adapters" if adapters else "weights", mine)
+
+
+def as_if_quantized(model, part, dtype, bits=4):
+    """Put something of the same size in the place of what `load_quantized` quantizes: bitsandbytes' own needs contents."""
+    import bitsandbytes as bnb
+    import torch
+    import torch.nn.functional as F
+
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def weight(layer, like):  # in 16 bits, for the time of one product; so does bitsandbytes
+            if bits == 8:
+                return torch.empty(layer.out_features, layer.in_features, dtype=torch.int8).to(like.dtype)
+            maxima = torch.empty(layer.weight.numel() // 32)  # no longer quantized themselves
+            weight = torch.empty(layer.out_features, layer.in_features, dtype=like.dtype)
+            del maxima
+            return weight
+
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            return F.linear(x, Multiply.weight(layer, x), bias)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad @ Multiply.weight(ctx.layer, grad), None
+
+    class Quantized(bnb.nn.Linear4bit):  # so that peft adds the adapter that it adds to the real one
+        def __init__(self, plain):
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
+            self.compute_dtype, n = dtype, plain.weight.numel()
+            self.weight = torch.nn.Parameter(torch.empty(n * bits // 8, dtype=torch.uint8, device="meta"), False)
+            self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
+            # Of each block of 64 weights the maximum, in 8 bits; of each 256 of those theirs, in 32; and two tables.
+            maxima = (n // 64, -(-n // 64 // 256) * 4, 16 * 4, 256 * 4, 4) if bits == 4 else (self.out_features * 4,)
+            for k, size in enumerate(maxima):
+                self.register_buffer(f"maxima{k}", torch.empty(size, dtype=torch.uint8, device="meta"))
+
+        def forward(self, x):
+            return Multiply.apply(x, self)
+
+    for name, module in list(model.named_modules()):
+        if QUANTIZED[part].fullmatch(name):
+            model.set_submodule(name, Quantized(module))
+    model.is_loaded_in_4bit = bits == 4
+    return model
+
+
+def rehearse_caching(config, base, card=True):
+    """Ledger of the phase "caching": the VAE codes a clip, T5 a prompt, as `cache_clips` does one after another."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import T5Config, T5EncoderModel
+
+    ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
+    with torch.device("meta"):
+        vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
+        text_encoder = shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), dtype)
+    text_encoder.set_input_embeddings(text_encoder.shared)  # one table, as when it is loaded
+    if dtype == torch.float16:  # as transformers keeps it
+        for name, p in text_encoder.named_parameters():
+            p.data = p.data.float() if ".wo." in name else p.data
+    if config.quantize_text_encoder:
+        as_if_quantized(text_encoder, "text_encoder", dtype, int(config.quantize_text_encoder.removesuffix("bit")))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger.watch():
+        ledger.begin("caching")
+        take_memory(ledger, vae)
+        vae.encode(torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype))
+        del vae
+        take_memory(ledger, text_encoder)
+        text_encoder(torch.zeros(1, base.text_length, dtype=torch.long))
+    return ledger
+
+
+def offloaded():
+    """What `--offload-activations` does, on a device that is the host: a saved tensor's memory is given back, and taken anew."""
+    import torch
+
+    def pack(tensor):
+        return tensor.shape, tensor.dtype
+
+    def unpack(packed):
+        return torch.empty(packed[0], dtype=packed[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def tables_with_contents():
+    """Let bitsandbytes' optimizers compute their tables of 256 numbers for real, since they read them."""
+    import bitsandbytes.functional as functional
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    compute = functional.create_dynamic_map
+
+    def outside(*args, **kwargs):
+        with unset_fake_temporarily():
+            return compute(*args, **kwargs)
+
+    functional.create_dynamic_map = outside
+    try:
+        yield
+    finally:
+        functional.create_dynamic_map = compute
+
+
+def rehearse(config, base, layers=None, card=True, sampling=True):
+    """Ledger of the phases "training" (one step, in three stages: forward, backward, update) and "sampling".
+
+    What is done is what Trainer does, except what reads numbers. layers: only so many blocks of the transformer.
+    """
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
+    stored = getattr(torch, base.stored)
+    kept = stored if base.large and dtype.itemsize > stored.itemsize else dtype  # as `frozen_dtype`
+    if config.method == "full":
+        kept = torch.float32 if config.trained_dtype == "float32" else torch.bfloat16
+    shape = {**base.transformer, "num_layers": layers or base.transformer["num_layers"]}
+    with torch.device("meta"):
+        transformer = shapes_only(CogVideoXTransformer3DModel.from_config(shape), kept)
+        vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
+    if config.method == "qlora":
+        as_if_quantized(transformer, "transformer", dtype)
+    if config.method == "full":
+        transformer.requires_grad_(True)
+    else:
+        add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
+    compute_in_dtype_of_input(transformer, dtype)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    size = config.height // base.spatial, config.width // base.spatial
+    shape = sum(base.latent_frames(config.frames)), base.transformer["in_channels"], *size  # (T, C, h, w)
+    text = base.text_length, base.transformer.get("text_embed_dim", 4096)
+    micro = config.micro_batch_size or config.batch_size
+    passes = min(2, config.batch_size // micro)  # a third adds nothing to two
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        tables_with_contents(),
+        ledger.watch(),
+    ):
+        ledger.begin("loading")
+        take_memory(ledger, transformer)
+        take_memory(ledger, transformer, adapters=True)
+        parameters = [p for p in transformer.parameters() if p.requires_grad]
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(lambda p: ledger.label("gradients", [p.grad]))
+        rotary = rotary_embedding(base, transformer, config.frames, config.height, config.width, torch.device("cpu"))
+        updates = Updates(config, parameters)
+        average = Average(parameters, config.ema) if config.ema and not config.ema_on_cpu else None
+        ledger.label("optimizer", [*(average.tensors if average else []), *(updates.began or [])])
+        alpha_bar = torch.empty(1000, dtype=torch.float64)
+        for p in parameters:  # one update on nothing, since from the first on the optimizer has its state
+            p.grad = torch.empty_like(p)
+        for i in range(len(parameters)):
+            updates.update(i)
+        states = [state.values() for o in updates.optimizers for state in o.state.values()]
+        ledger.label("optimizer", [t for state in states for t in state if torch.is_tensor(t)])
+        transformer.train()
+        for _ in range(passes):
+            ledger.begin("training", "forward")
+            batch = {
+                "latents": torch.empty(micro, *shape), "noise": torch.empty(micro, *shape),
+                "timesteps": torch.empty(micro, dtype=torch.long), "prompt_embeds": torch.empty(micro, *text, dtype=dtype),
+            }  # fmt: skip
+            older = {memory for memory, _ in ledger.held.values()}
+            with offloaded() if config.offload_activations else contextlib.nullcontext():
+                loss = velocity_loss(transformer, batch, alpha_bar, rotary, dtype).sum() / config.batch_size
+            for memory, _ in ledger.held.values():
+                if memory not in older:
+                    memory.kind = "saved activations"
+            ledger.begin("training", "backward")
+            loss.backward()
+        ledger.begin("training", "update")
+        if not config.fused_backward:
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, torch.stack(norms).norm())
+        updates.step()
+        for p in parameters:
+            p.grad = None
+        if average:
+            average.update(1)
+        ledger.flops *= config.batch_size // (micro * passes)
+        del batch, loss
+        if sampling:
+            flops = ledger.flops
+            rehearse_sampling(ledger, config, base, vae, transformer, rotary, shape, text, dtype, average)
+            ledger.flops = flops
+    return ledger
+
+
+def rehearse_sampling(ledger, config, base, vae, transformer, rotary, shape, text, dtype, average):
+    """The phase "sampling" of a ledger that is being watched: what `Trainer.draw_samples` does after training, for one of the
+    denoising steps and for one decoding."""
+    import torch
+    from diffusers import CogVideoXPipeline
+
+    ledger.begin("sampling")
+    clips = 1 if base.large else 8  # as `generate`
+    take_memory(ledger, vae)
+    transformer.eval()
+    with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
+        transformer(  # each clip with its prompt and without
+            torch.empty(2 * clips, *shape, dtype=dtype), torch.empty(2 * clips, *text, dtype=dtype),
+            torch.empty(2 * clips, dtype=torch.long), image_rotary_emb=rotary, return_dict=False,
+        )  # fmt: skip
+        latents = torch.empty(clips, *shape, dtype=dtype)
+        if base.large:
+            # The frames are decoded two latent ones at a time, the first three together. Those are decoded here; of the rest
+            # there is room for the tiles and the clip that is put together from them.
+            vae.enable_tiling()
+            later = torch.empty(2, 3, max(0, config.frames - 9), config.height, config.width, dtype=dtype)
+            latents = latents[:, :3]
+        else:
+            later = None
+        pipe = CogVideoXPipeline(None, None, vae, transformer, None)
+        pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pt")
+        del later
+
+
+@dataclass
+class Plan:
+    """What a run is predicted to need. `phases` has the parts of each phase's peak, in the order of a stacked bar."""
+
+    asked: Config
+    config: Config  # resolved
+    phases: dict  # "caching", "training", "sampling" -> part -> GiB
+    flops: float  # of a training step
+
+    @property
+    def needs_gib(self):
+        """Phase -> GiB."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak_gib(self):
+        """What the card must have: the need of the phase that needs most."""
+        return max(self.needs_gib.values())
+
+
+def plan(config, card=True):
+    """Predict what a run would need, without its weights or clips. Returns Plan. Raises UserError.
+
+    card: on a GPU, with what its allocator reserves and the context; otherwise the tensors alone, as on a CPU. One process, no
+    torch.compile. The arithmetic, if the configuration does not say, is bf16 for a large model and float32 for a small one.
+    """
+    resolved, base = resolve_plan(config)
+    quiet_libraries()
+    ledger = rehearse(resolved, base, card=card)
+    phases = {"caching": rehearse_caching(resolved, base, card).split("caching")}
+    phases |= {phase: ledger.split(phase) for phase in ("training", "sampling")}
+    return Plan(config, resolved, phases, ledger.flops)
+
+
+def changed(config, **changes):
+    """A configuration with some options changed; another method leaves out what only --full has."""
+    config = dataclasses.replace(config, **changes)
+    if changes.get("method", "full") != "full":
+        config.trained_dtype = config.fused_backward = None
+    return config
+
+
+def resolve_plan(config, **changes):
+    """(resolved Config, Described) of a configuration with some options changed. Raises UserError."""
+    config = changed(config, **changes)
+    config, base, _ = resolve(config, describe(config.model))
+    config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
+    config.fused_backward = config.fused_backward and config.compute_dtype != "float16"  # as `train`
+    return config, base
+
+
+def from_few_blocks(config, base, sampling=False):
+    """What a rehearsal of the whole would find, told from two and from three of the transformer's blocks: (GiB of tensors at the
+    peak of a training step, GiB for sampling or None, GiB of what stays by kind, FLOP of a step). Each block adds the same to
+    what stays and to the peak of each stage."""
+    two, three = rehearse(config, base, 2, sampling=sampling), rehearse(config, base, 3, sampling=False)
+    more = base.transformer["num_layers"] - 2
+    peaks = [[ledger.peak_bytes("training", stage) / GIB for stage in STAGES] for ledger in (two, three)]
+    peak = max(a + more * (b - a) for a, b in zip(*peaks))
+    a, b = two.split("training"), three.split("training")
+    stays = {kind: a[kind] + more * (b[kind] - a[kind]) for kind in ("weights", "adapters", "optimizer")}
+    if sampling:
+        sampling = sum(two.split("sampling").values()) + sum(gib - a[kind] for kind, gib in stays.items())
+    return peak, sampling or None, stays, two.flops + more * (three.flops - two.flops)
+
+
+def estimate(planned, **changes):
+    """Phase -> GiB with some options changed, `from_few_blocks`. The allocator's share is taken to be that of the plan."""
+    config, base = resolve_plan(planned.asked, **changes)
+    parts, needs = planned.phases["training"], planned.needs_gib
+    resized = bool({"frames", "height", "width"} & set(changes))
+    if resized or "quantize_text_encoder" in changes:
+        needs["caching"] = sum(rehearse_caching(config, base).split("caching").values())
+    if set(changes) == {"quantize_text_encoder"}:
+        return needs
+    peak, sampling, stays, _ = from_few_blocks(config, base, resized)
+    needs["training"] = peak * (1 + parts["allocator"] / sum(parts[kind] for kind in KINDS)) + CONTEXT_GIB
+    needs["sampling"] = sampling or needs["sampling"] + sum(gib - parts[kind] for kind, gib in stays.items())
+    return needs
+
+
+def knobs(config):
+    """(what to change, the options for it) that could lower the peak of a resolved configuration, the gentlest first."""
+    full = config.method == "full"
+    shorter = max(17, config.frames // 16 * 8 + 1)
+    height, width = (max(32, round(side * 2 / 3 / 32) * 32) for side in (config.height, config.width))
+    all_of_them = [
+        (not config.gradient_checkpointing, "recompute activations", {"gradient_checkpointing": True}),
+        (config.batch_size > 1 and not config.micro_batch_size and not config.fused_backward,
+         "one clip in memory at a time", {"micro_batch_size": 1}),
+        (not config.quantize_text_encoder, "T5 in 4 bits", {"quantize_text_encoder": "4bit"}),
+        (config.ema and not config.ema_on_cpu, "the average in host memory", {"ema_on_cpu": True}),
+        (full and config.trained_dtype == "float32", "weights in bf16, rounded stochastically", {"trained_dtype": "bfloat16"}),
+        (full and not config.fused_backward and not config.micro_batch_size, "optimizer inside backward", {"fused_backward": True}),
+        (config.optimizer == "adamw", "optimizer's state in 8 bits", {"optimizer": "adamw8bit"}),
+        (config.optimizer != "adafactor", "optimizer's state factored", {"optimizer": "adafactor"}),
+        (config.gradient_checkpointing and not config.offload_activations, "saved activations in host memory",
+         {"offload_activations": True}),
+        (config.batch_size > 1 and config.fused_backward, "one clip a step", {"batch_size": 1}),
+        (config.method == "lora", "base in 4 bits", {"method": "qlora"}),
+        (full, "adapters, on a base in 4 bits", {"method": "qlora"}),
+        (config.frames > 17, "shorter clips", {"frames": shorter}),
+        (min(config.height, config.width) > 256, "smaller clips", {"height": height, "width": width}),
+    ]  # fmt: skip
+    return [(name, changes) for useful, name, changes in all_of_them if useful]
+
+
+def fitting(planned, vram):
+    """Turn one knob after another, the gentlest first, as far as it helps, until a run fits. Returns (options changed, Plan in
+    full), or (None, Plan of the least that was found)."""
+    changes, peak, best, turned = {}, planned.peak_gib, planned, []
+    while best.peak_gib > vram:
+        config, _ = resolve_plan(planned.asked, **changes)
+        left = [change for _, change in knobs(config) if change not in turned]
+        if left:
+            turned.append(left[0])
+            found = max(estimate(planned, **{**changes, **left[0]}).values())
+            if found < 0.995 * peak:
+                changes, peak = {**changes, **left[0]}, found
+        if not left or peak <= vram:
+            best = plan(changed(planned.asked, **changes))
+            peak = best.peak_gib
+        if not left:
+            break
+    return (changes if best.peak_gib <= vram else None), best
+
+
+def as_options(values):
+    """Fields of Config as the command line spells them."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if name == "method":
+            words.append(f"--{value}")
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
+
+
+def matrix_rate(device, dtype, seconds=2):
+    """FLOP/s of matrix products on a device, measured."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a @ b
+    wait()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        wait()
+        count += 1
+    return count * 2 * n**3 / (time.perf_counter() - start)
+
+
+def time_of_step(planned, card=None):
+    """(seconds of a training step, what that assumes): on a card by its published rate, or by one measured here."""
+    import torch
+
+    if card:
+        rate = CARDS[card][0] * 1e12
+        told = f"{UTILISATION:g} (assumed) of the {CARDS[card][0]} TFLOP/s that are published for {card}"
+        return planned.flops / (rate * UTILISATION), told
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, planned.config.compute_dtype)
+    if device.type == "cpu":  # as a run here would choose
+        dtype, _ = choose_compute_dtype(device, describe(planned.config.model), planned.asked.compute_dtype)
+    rate = matrix_rate(device, dtype)
+    told = f"the {rate / 1e12:.3g} TFLOP/s of {str(dtype).removeprefix('torch.')} matrix products measured now on this {device.type}"
+    return planned.flops / rate, told
+
+
+def plan_command(config, vram=None, card=None):
+    """Print the plan of a run, what would change it, and a command that fits. vram: GiB. Raises UserError."""
+    if card and card not in CARDS:
+        raise UserError(f"--card '{card}': must be one of {', '.join(CARDS)}")
+    if vram is not None and not 0 < vram < math.inf:
+        raise UserError(f"--vram {vram:g}: must be a number of GiB above 0")
+    vram = vram or (CARDS[card][1] if card else None)
+    planned = plan(config)
+    c, needs = planned.config, planned.needs_gib
+    print(f"plan of --{c.method} on {c.model}: batch {c.batch_size}, {c.frames}x{c.height}x{c.width}, arithmetic in "
+          f"{c.compute_dtype}, {c.optimizer}, gradient checkpointing {'on' if c.gradient_checkpointing else 'off'}")  # fmt: skip
+    print(f"\n{'GiB at the peak of each phase, predicted':40}" + "".join(f"{phase:>10}" for phase in needs))
+    for part in planned.phases["training"]:
+        print(f"  {part:38}" + "".join(f"{parts[part]:10.2f}" for parts in planned.phases.values()))
+    print(f"  {'together':38}" + "".join(f"{need:10.2f}" for need in needs.values()))
+    print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed)")
+    fits = vram is None or planned.peak_gib <= vram
+    if vram:
+        told = "fits" if fits else "does not fit"
+        print(f"\n{told} in {vram:g} GiB: {planned.peak_gib:.1f} needed, by {max(needs, key=needs.get)}")
+    seconds, told = time_of_step(planned, card)
+    print(f"\ntime, estimated: {planned.flops:.3g} FLOP a step, {seconds:.3g} s at {told};\n"
+          f"{seconds * c.steps / 3600:.2g} hours for {c.steps} steps, without caching and sampling")  # fmt: skip
+    print("\nwhat would change the peak, estimated:", flush=True)
+    rows = []
+    for name, changes in knobs(c):
+        then = estimate(planned, **changes)
+        by_phase = {phase: then[phase] - need for phase, need in needs.items()}
+        rows.append((max(then.values()) - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
+    for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
+        where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
+        print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
+    if fits:
+        return
+    changes, found = fitting(planned, vram)
+    if changes is None:
+        print(f"\nnothing found that fits in {vram:g} GiB: the least needs {found.peak_gib:.1f}")
+        return
+    wanted = dataclasses.asdict(changed(config, **changes))
+    said = {
+        f.name: wanted[f.name] for f in dataclasses.fields(Config) if f.name == "method" or wanted[f.name] != f.default
+    }
+    print(f"\nthis fits, with {found.peak_gib:.1f} GiB:\n  python cogvideo_lite.py {as_options(said)}")
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 
@@ -2546,6 +3267,11 @@ def parser():
     )
     out.add_argument("--run", help="folder of a finished run, for --sample")
     out.add_argument(
+        "--plan", action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"
+    )
+    out.add_argument("--vram", type=float, metavar="GIB", help="with --plan: memory that the run must fit in")
+    out.add_argument("--card", metavar="NAME", help=f"with --plan: a card's memory and speed ({', '.join(CARDS)})")
+    out.add_argument(
         "--config", help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"
     )
     for f in dataclasses.fields(Config):
@@ -2573,8 +3299,12 @@ def parser():
 def command_line(argv):
     """Do what the command line says. Returns nothing; raises UserError or RunError."""
     given = vars(parser().parse_args(argv))
-    names = ("sample", "run", "config", "method", "merge", "compare", "blend")
-    prompts, run, file, method, merged, compared, blended = (given.pop(name) for name in names)
+    names = ("sample", "run", "config", "method", "merge", "compare", "blend", "plan", "vram", "card")
+    prompts, run, file, method, merged, compared, blended, planning, vram, card = (given.pop(name) for name in names)
+    if planning and not method:
+        raise UserError("--plan: goes with --lora, --qlora or --full")
+    if not planning and (vram is not None or card):
+        raise UserError("--vram and --card: only with --plan")
     if prompts:
         sample_command(prompts, run, given)
         return
@@ -2608,6 +3338,9 @@ def command_line(argv):
     config = load_config(file, **{**given, "method": method}) if file else Config(**given, method=method)
     if file and "out" not in given and not config.resume:
         config.out = None  # a repeated run gets a folder of its own
+    if planning:
+        plan_command(config, vram, card)
+        return
     result = train(config)
     if result is None:
         return

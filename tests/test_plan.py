@@ -1,0 +1,381 @@
+"""The memory plan: against closed forms, real allocations, a really quantized model, and what other trainers published."""
+
+import csv
+import dataclasses
+import gc
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+from bench_24gb import flops as flops_on_paper
+from conftest import NANO, ROOT, tiny_pipeline
+
+import cogvideo_lite as cl
+
+LARGE = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "zai-org/CogVideoX1.5-5B"}
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    """(model, blocks, fields) -> Ledger of a training step, each made once. blocks: None for all."""
+    made = {}
+
+    def ledger(model, blocks, **fields):
+        key = model, blocks, *sorted(fields.items())
+        if key not in made:
+            config, base = cl.resolve_plan(cl.Config(model=LARGE[model], **fields))
+            made[key] = cl.rehearse(config, base, blocks, sampling=False)
+        return made[key]
+
+    return ledger
+
+
+def most_bytes(ledger, kind):
+    """Most that was held of one kind."""
+    now = most = 0
+    for memory, taken in ledger.events:
+        if memory.kind == kind:
+            now += memory.bytes if taken else -memory.bytes
+            most = max(most, now)
+    return most
+
+
+@pytest.fixture(scope="module")
+def midsize(tmp_path_factory):
+    """A pipeline folder whose transformer is large enough for its tensors to be what counts: 8 heads x 64, 5 blocks."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    folder = tiny_pipeline(tmp_path_factory.mktemp("midsize"), "5b")
+    torch.manual_seed(0)
+    CogVideoXTransformer3DModel(
+        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=5, sample_width=16, sample_height=16, sample_frames=9, max_text_seq_length=12,
+        use_rotary_positional_embeddings=True,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("model, parameters", [("2b", 1_693_783_872), ("5b", 5_570_283_072)])
+def test_the_published_models_are_known_without_network_and_weights(model, parameters):
+    from diffusers import CogVideoXTransformer3DModel
+
+    base = cl.describe(LARGE[model])
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(base.transformer)
+    assert sum(p.numel() for p in transformer.parameters()) == parameters
+    assert base == dataclasses.replace(cl.describe(LARGE[model].replace("THUDM", "zai-org")), folder=base.folder)
+
+
+def test_t5_xxl_has_the_parameters_that_its_card_names():
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(**cl.T5_XXL))
+    assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
+
+
+def test_weights_are_kept_in_16_bits_beside_a_table_of_positions(rehearsed):
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        blocks = CogVideoXTransformer3DModel.from_config({**cl.NARROW, "num_layers": 4})
+    table = 17_776 * 1920 * 8  # tokens, width, bytes: diffusers makes it in float64
+    weights = 2 * sum(p.numel() for p in blocks.parameters())
+    assert most_bytes(rehearsed("2b", 4, method="lora"), "weights") == weights + table
+
+
+def test_adapters_gradients_and_states_have_the_sizes_of_their_closed_forms(rehearsed):
+    ledger = rehearsed("5b", None, method="qlora")
+    adapters = 42 * 8 * 3072 * 32 * 4  # layers, A and B of four matrices, width, rank, bytes
+    assert most_bytes(ledger, "adapters") == most_bytes(ledger, "gradients") == adapters
+    assert most_bytes(ledger, "optimizer") == pytest.approx(2 * adapters, rel=1e-3)  # AdamW's two moments, and counters
+
+
+def test_nf4_has_the_size_of_its_closed_form(rehearsed):
+    """4 + 8/64 + 32/(64 * 256) bits for each weight of attention and feed-forward, 16 for each other."""
+    blocks = 42 * 12 * 3072**2
+    weights = blocks * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + (5_570_283_072 - blocks) * 2
+    assert most_bytes(rehearsed("5b", None, method="qlora"), "weights") == pytest.approx(weights, rel=1e-3)
+
+
+def test_with_checkpointing_each_blocks_input_stays_until_backward(rehearsed):
+    inputs = 42 * (17_550 + 226) * 3072 * 2
+    at_the_peak = rehearsed("5b", None, method="qlora").split("training")["saved activations"]
+    assert at_the_peak * cl.GIB == pytest.approx(inputs, rel=0.01)
+
+
+def test_the_work_of_a_step_is_that_of_its_matrix_products(rehearsed):
+    """The count on paper leaves out adapters, adaLN, and projections in and out, and takes attention's backward for 2 forwards;
+    PyTorch counts it as 2.5."""
+    found = rehearsed("5b", None, method="qlora").flops
+    assert found == pytest.approx(flops_on_paper("5b", "qlora", 49, 480, 720), rel=0.08)
+
+
+def test_without_checkpointing_activations_of_all_blocks_stay_and_less_is_computed(rehearsed):
+    with_ = rehearsed("2b", 4, method="lora")
+    without = rehearsed("2b", 4, method="lora", gradient_checkpointing=False)
+    assert most_bytes(without, "saved activations") > 8 * most_bytes(with_, "saved activations")
+    assert 0.6 * with_.flops < without.flops < 0.8 * with_.flops
+
+
+def test_offloaded_activations_are_not_on_the_card(rehearsed):
+    kept, offloaded = (rehearsed("2b", 4, method="lora", **on) for on in ({}, {"offload_activations": True}))
+    inputs = 4 * (17_550 + 226) * 1920 * 2
+    assert most_bytes(kept, "saved activations") > inputs > 10 * most_bytes(offloaded, "saved activations")
+    assert offloaded.peak_bytes("training") < kept.peak_bytes("training") - 0.7 * inputs
+
+
+def test_the_optimizer_inside_backward_never_has_all_gradients(rehearsed):
+    fused, ordinary = (rehearsed("2b", 5, method="full", fused_backward=on) for on in (True, False))
+    assert most_bytes(ordinary, "gradients") == pytest.approx(
+        most_bytes(ordinary, "weights") - 17_776 * 1920 * 8, rel=1e-3
+    )
+    assert most_bytes(fused, "gradients") < 0.2 * most_bytes(ordinary, "gradients")
+
+
+@pytest.mark.parametrize("fields", [
+    dict(method="lora", gradient_checkpointing=False), dict(method="full", fused_backward=True),
+    dict(method="full", fused_backward=False),
+], ids=str)  # fmt: skip
+def test_two_and_three_blocks_tell_what_more_do(rehearsed, fields):
+    whole = rehearsed("2b", 5, **fields)
+    config, base = cl.resolve_plan(cl.Config(model=LARGE["2b"], **fields))
+    base = dataclasses.replace(base, transformer={**base.transformer, "num_layers": 5})
+    peak, _, stays, flops = cl.from_few_blocks(config, base)
+    assert peak * cl.GIB == pytest.approx(whole.peak_bytes("training"), rel=0.005)
+    assert flops == pytest.approx(whole.flops, rel=1e-6)
+    assert all(gib * cl.GIB == pytest.approx(most_bytes(whole, kind), rel=1e-3, abs=1e6) for kind, gib in stays.items())
+
+
+# ------------------------------------------------------------------------------------------------------- the allocator
+
+
+def reserved(*sizes):
+    """MiB reserved after pieces of these MiB are taken; a negative size gives the first of that size back."""
+    allocator, held = cl.Allocator(), []
+    for size in sizes:
+        if size > 0:
+            held.append(cl.Memory(int(size * MIB)))
+            allocator.take(held[-1])
+        else:
+            piece = next(m for m in held if m.bytes == int(-size * MIB))
+            held.remove(piece)
+            allocator.give_back(piece)
+    return allocator.reserved / MIB
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((0.001,), 2), ((0.5, 0.5, 0.5, 0.5), 2), ((0.5, 0.5, 0.5, 0.5, 0.001), 4),  # small pieces share segments of 2 MiB
+    ((7, 7), 20), ((7, 7, 7), 40), ((7, 7, 5), 20),  # below 10 MiB, of 20 MiB
+    ((14.1,), 16), ((100, 0.5), 102),  # larger ones have their own; small pieces never lie in those
+    ((100, -100, 40, 60), 100), ((100, -100, 60, 60), 160),  # what was given back is cut for the next
+    ((7, 6, 5, -7, -6, 13), 20), ((7, 6, 5, -7, -5, 13), 34),  # free neighbours are merged, others are not
+    ((100, 40, -100, -40, 40), 140),  # the best fit, not the first
+], ids=str)  # fmt: skip
+def test_the_allocator_reserves_as_cudas_does(sizes, expected):
+    assert reserved(*sizes) == expected
+
+
+def test_an_emptied_cache_keeps_segments_that_are_in_use():
+    allocator, pieces = cl.Allocator(), [cl.Memory(7 * MIB), cl.Memory(6 * MIB), cl.Memory(30 * MIB)]
+    for piece in pieces:
+        allocator.take(piece)
+    allocator.give_back(pieces[0])
+    allocator.give_back(pieces[2])
+    allocator.empty_cache()
+    assert allocator.reserved == 20 * MIB and allocator.most == 50 * MIB
+
+
+# ------------------------------------------------------------------------------------------------- measured allocations
+
+
+def measured_peak(config, folder):
+    """Bytes of tensors at the peak of a real training step, by torch's profiler: what it allocates and frees, above what the
+    process holds before it."""
+    from accelerate import Accelerator
+    from torch.profiler import ProfilerActivity, profile
+
+    config, base, _ = cl.resolve(config)
+    t, text = sum(base.latent_frames(config.frames)), base.transformer["text_embed_dim"]
+    size = config.height // base.spatial, config.width // base.spatial
+    cl.save_tensor(folder / "clip.safetensors", "moments", torch.randn(2 * base.vae["latent_channels"], t, *size))
+    cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(base.text_length, text))
+    pair = folder / "clip.safetensors", folder / "prompt.safetensors"
+    config.compute_dtype = "float32"
+    trainer = cl.Trainer(config, base, cl.Cache([pair], [pair], pair[1], {}), Accelerator(cpu=True))
+    trainer.transformer.train()
+    trainer.step(0)
+    gc.collect()
+    tensors = [*trainer.transformer.parameters(), *trainer.transformer.buffers(), *trainer.updates.state()[0].values()]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.step(1)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return sum(held.values()) + most
+
+
+CASES = {
+    "nano lora": (NANO, dict(method="lora", batch_size=4)),
+    "nano full": (NANO, dict(method="full", batch_size=8)),
+    "midsize lora": ("midsize", dict(method="lora")),
+    "midsize lora, checkpointed": ("midsize", dict(method="lora", gradient_checkpointing=True)),
+    "midsize full": ("midsize", dict(method="full")),
+    "midsize full, in backward, 8-bit": ("midsize", dict(method="full", optimizer="adamw8bit", fused_backward=True)),
+    "midsize full, accumulating": ("midsize", dict(method="full", batch_size=2, micro_batch_size=1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_real_steps_allocate_what_was_predicted(case, midsize, tmp_path):
+    folder, fields = CASES[case]
+    if folder == "midsize":
+        folder, fields = midsize, dict(dict(frames=17, height=256, width=256, batch_size=1), **fields)
+    config = cl.Config(model=str(folder), cache=str(tmp_path), **fields)
+    resolved, base = cl.resolve_plan(config)
+    predicted = cl.rehearse(resolved, base, card=False, sampling=False).peak_bytes("training")
+    assert predicted == pytest.approx(measured_peak(config, tmp_path), rel=0.03)
+
+
+def test_the_stand_in_for_nf4_is_as_large_as_what_bitsandbytes_makes(midsize):
+    config, base = cl.resolve_plan(cl.Config(method="qlora", model=str(midsize)))
+    parts = cl.rehearse(config, base, card=False, sampling=False).split("training")
+    real = cl.load_quantized(base, "transformer", torch.float32, torch.device("cpu"))
+    tensors = [*real.parameters(), *real.buffers()]
+    for module in real.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    # bitsandbytes' tables are one for all layers on a CPU, and one for each on a card: a few KB.
+    assert parts["weights"] * cl.GIB == pytest.approx(sum(storages.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_t5_in_few_bits_takes_less(bits):
+    config, base = cl.resolve_plan(cl.Config(model=LARGE["5b"], frames=9, height=64, width=64))
+    plain = cl.rehearse_caching(config, base).split("caching")["weights"]
+    config.quantize_text_encoder = bits
+    coarse = cl.rehearse_caching(config, base).split("caching")["weights"]
+    matrices = 24 * (4 * 4096**2 + 2 * 4096 * 10_240)  # T5 reads the dtype of its last, which stays as it is
+    saved = matrices * (16 - (4 + 8 / 64 + 32 / 64 / 256 if bits == "4bit" else 8)) / 8
+    assert (plain - coarse) * cl.GIB == pytest.approx(saved, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------- published, and a plan
+
+
+@pytest.mark.parametrize("row", [0, 11], ids=["2b lora without checkpointing", "2b full with 8-bit states"])
+def test_recipes_of_other_trainers_come_out_near_what_they_published(row):
+    from bench_plan import foreign_run
+
+    with open(ROOT / "tests/published_memory.csv", newline="") as file:
+        row = list(csv.DictReader(file))[row]
+    before, peak = foreign_run(row)
+    assert before == pytest.approx(float(row["before_gib"]), rel=0.02)
+    assert peak == pytest.approx(float(row["train_gib"]), rel=0.04)
+
+
+def test_a_plan_has_every_phase_in_parts_that_add_up():
+    planned = cl.plan(cl.Config(method="qlora", model=str(NANO)))
+    assert list(planned.phases) == ["caching", "training", "sampling"]
+    assert all(gib >= 0 for parts in planned.phases.values() for gib in parts.values())
+    assert planned.peak_gib == max(sum(parts.values()) for parts in planned.phases.values())
+    assert all(
+        planned.phases["training"][kind] > 0 for kind in ("weights", "adapters", "optimizer", "saved activations")
+    )
+    alone = cl.plan(cl.Config(method="qlora", model=str(NANO)), card=False)
+    assert set(planned.phases["training"]) - set(alone.phases["training"]) == {"allocator", "context"}
+
+
+def test_what_fits_is_found_by_turning_knobs_and_planned_in_full(midsize, monkeypatch):
+    monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
+    asked = cl.Config(method="full", model=str(midsize), frames=17, height=256, width=256, batch_size=2)
+    planned = cl.plan(asked)
+    changes, found = cl.fitting(planned, 0.6 * planned.peak_gib)
+    assert changes and found.peak_gib <= 0.6 * planned.peak_gib
+    again = cl.plan(cl.changed(asked, **changes))
+    assert again.peak_gib == pytest.approx(found.peak_gib, rel=1e-3)
+    changes, least = cl.fitting(planned, 1e-3)
+    assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
+
+
+def test_another_method_leaves_out_what_only_full_has():
+    asked = cl.Config(method="full", model=LARGE["2b"], trained_dtype="float32", fused_backward=False)
+    config, _ = cl.resolve_plan(asked, trained_dtype="bfloat16", method="qlora")
+    assert (config.method, config.trained_dtype, config.fused_backward) == ("qlora", None, False)
+    with pytest.raises(cl.UserError, match="only for --full"):  # what the user said is not left out
+        cl.resolve_plan(cl.Config(method="lora", model=LARGE["2b"], trained_dtype="float32"))
+
+
+def test_the_time_on_a_card_is_its_published_rate_times_the_stated_share():
+    planned = cl.Plan(cl.Config(), cl.Config(), {}, 1e15)
+    seconds, told = cl.time_of_step(planned, "RTX 4090")
+    assert seconds == pytest.approx(1e15 / (165e12 * cl.UTILISATION)) and "assumed" in told
+
+
+BAD = {
+    "no method": (["--plan", "--sample", "x"], "--plan: goes with --lora, --qlora or --full"),
+    "memory without a plan": (["--lora", "--vram", "24"], "only with --plan"),
+    "no memory": (["--plan", "--lora", "--vram", "-1"], "--vram -1: must be a number of GiB above 0"),
+    "an unknown card": (["--plan", "--lora", "--card", "abacus"], "must be one of T4, L4"),
+    "an unknown model": (["--plan", "--lora", "--model", "nowhere/at/all"], "no such folder"),
+    "a folder without weights": (["--plan", "--lora", "--model", "EMPTY"], "a plan needs"),
+    "frames that are not 8k + 1": (["--plan", "--lora", "--model", LARGE["5b"], "--frames", "48"], "must be 8k + 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys):
+    for part in (".", "transformer", "vae"):  # of the bundled model, its configurations alone
+        (tmp_path / part).mkdir(exist_ok=True)
+        for file in (NANO / part).glob("*.json"):
+            (tmp_path / part / file.name).write_text(file.read_text())
+    arguments, words = BAD[case]
+    assert cl.main([str(tmp_path) if a == "EMPTY" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_options_are_spelled_as_the_command_line_takes_them():
+    fields = dict(
+        method="qlora", frames=17, compile=False, ema_on_cpu=True, validation_prompts=["a red spider", "kumo"]
+    )
+    given = cl.parser().parse_args(shlex.split(cl.as_options(fields)))
+    assert fields.items() <= vars(given).items()
+
+
+def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cl.main(["--plan", "--lora", "--vram", "24", "--card", "RTX 4090"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("saved activations", "fits in 24 GiB", "time, estimated", "what would change the peak"):
+        assert words in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_path, monkeypatch, capsys):
+    """Only rows of kind `peak` count: here one that is 10 % off, and one of each other kind that is far off."""
+    import bench_plan
+
+    with open(ROOT / "tests/published_memory.csv", newline="") as file:
+        rows = {row["kind"]: row for row in csv.DictReader(file)}
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows["peak"].keys())
+        writer.writeheader()
+        writer.writerows(rows.values())
+    monkeypatch.setattr(bench_plan, "foreign_run", lambda row: (1.0, 1.1 * float(row["train_gib"])))
+    monkeypatch.setattr(sys, "argv", ["bench_plan.py", "--rows", str(tmp_path / "rows.csv")])
+    bench_plan.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"median_error": pytest.approx(0.1), "worst_error": pytest.approx(0.1), "rows": 1}
+    assert len(rows) == 4 and sum("broken" in line for line in lines) == 1
