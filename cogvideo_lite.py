@@ -3097,7 +3097,7 @@ def knobs(config):
         (config.method == "lora", "base in 4 bits", {"method": "qlora"}),
         (full, "adapters, on a base in 4 bits", {"method": "qlora"}),
         (config.frames > 17, "shorter clips", {"frames": shorter}),
-        (min(config.height, config.width) > 256, "smaller clips", {"height": height, "width": width}),
+        (min(config.height, config.width) > 128, "smaller clips", {"height": height, "width": width}),
     ]  # fmt: skip
     return [(name, changes) for useful, name, changes in all_of_them if useful]
 

@@ -88,7 +88,7 @@ def foreign_run(row):
             buffer.data = buffer.data.to(half)
     if lora:
         rank = int(row["rank"])
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=cl.LORA_TARGETS))
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=cl.LORA_TARGETS["attention"]))
         for name, p in transformer.named_parameters():
             p.data = p.data.float() if "lora_" in name else p.data
     else:

@@ -111,10 +111,9 @@ def test_with_checkpointing_each_blocks_input_stays_until_backward(rehearsed):
 
 
 def test_the_work_of_a_step_is_that_of_its_matrix_products(rehearsed):
-    """The count on paper leaves out adapters, adaLN, and projections in and out, and takes attention's backward for 2 forwards;
-    PyTorch counts it as 2.5."""
+    """The count on paper leaves out adapters, adaLN, and projections in and out."""
     found = rehearsed("5b", None, method="qlora").flops
-    assert found == pytest.approx(flops_on_paper("5b", "qlora", 49, 480, 720), rel=0.08)
+    assert found == pytest.approx(sum(flops_on_paper("5b", "qlora", 49, 480, 720)), rel=0.05)
 
 
 def test_without_checkpointing_activations_of_all_blocks_stay_and_less_is_computed(rehearsed):
@@ -299,7 +298,7 @@ def test_a_plan_has_every_phase_in_parts_that_add_up():
 
 def test_what_fits_is_found_by_turning_knobs_and_planned_in_full(midsize, monkeypatch):
     monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
-    asked = cl.Config(method="full", model=str(midsize), frames=17, height=256, width=256, batch_size=2)
+    asked = cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2)
     planned = cl.plan(asked)
     changes, found = cl.fitting(planned, 0.6 * planned.peak_gib)
     assert changes and found.peak_gib <= 0.6 * planned.peak_gib

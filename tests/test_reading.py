@@ -65,7 +65,9 @@ def test_the_bundled_vae_keeps_what_it_is_shown(pipe, drawn):
     coded = world.round_trip(pipe.vae, drawn[0][:4])
     assert world.psnr(drawn[0][:4], coded) > 28
     assert world.psnr(drawn[0][:4], coded, drawn[1][:4]) > 20
-    latents = pipe.vae.encode(drawn[0][:4].mul(2).sub(1).transpose(1, 2)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    latents = (
+        pipe.vae.encode(drawn[0][:4].mul(2).sub(1).transpose(1, 2)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    )
     assert 0.8 < latents.std() < 1.25  # as the scheduler expects
 
 
