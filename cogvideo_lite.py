@@ -430,10 +430,17 @@ class Base:
     spatial = property(lambda self: 2 ** (len(self.vae["block_out_channels"]) - 1))  # pixels per latent cell
     temporal = property(lambda self: int(self.vae["temporal_compression_ratio"]))  # frames per latent frame
     frames = property(lambda self: self.transformer["sample_frames"])
-    height = property(lambda self: self.transformer["sample_height"] * self.spatial)
-    width_px = property(lambda self: self.transformer["sample_width"] * self.spatial)
+    height = property(lambda self: self.native[0])
+    width_px = property(lambda self: self.native[1])
     fps = property(lambda self: 16 if self.patch_t else 8)  # what CogVideoX1.5, and the others, were trained on
     text_length = property(lambda self: self.transformer["max_text_seq_length"])
+
+    @property
+    def native(self):
+        """(height, width) in pixels that the model was trained at. CogVideoX1.5 is configured for 300 x 300 cells, which bounds
+        its positions; what it was trained at is in its model card."""
+        cells = self.transformer["sample_height"], self.transformer["sample_width"]
+        return (768, 1360) if cells == (300, 300) else tuple(self.spatial * cell for cell in cells)
 
     def latent_frames(self, frames):
         """Latent frames of a clip, and how many more CogVideoX1.5 puts before them to fill its temporal patches."""

@@ -72,6 +72,12 @@ def test_the_published_models_are_known_without_network_and_weights(model, param
     assert base == dataclasses.replace(cl.describe(LARGE[model].replace("THUDM", "zai-org")), folder=base.folder)
 
 
+def test_each_published_model_is_used_at_the_size_and_rate_that_its_card_names():
+    bases = {model: cl.describe(name) for model, name in LARGE.items()}
+    sizes = {model: (b.frames, b.height, b.width_px, b.fps) for model, b in bases.items()}
+    assert sizes == {"2b": (49, 480, 720, 8), "5b": (49, 480, 720, 8), "1.5": (81, 768, 1360, 16)}
+
+
 def test_t5_xxl_has_the_parameters_that_its_card_names():
     from transformers import T5Config, T5EncoderModel
 
