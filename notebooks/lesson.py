@@ -23,9 +23,9 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines import pipeline_utils
 from IPython.display import Image, Markdown, display
 from PIL import Image as Picture
 from PIL import ImageDraw
@@ -37,10 +37,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data_samples")]
 
 import cogvideo_lite as cl  # noqa: E402
 
-cl.quiet_libraries()
-pipeline_utils.tqdm = (
-    tqdm  # where it runs in a notebook, diffusers would draw its bar as a widget, of which a saved notebook keeps 0 %
-)
+cl.quiet_libraries()  # before anything imports bitsandbytes
+
+from diffusers.pipelines import pipeline_utils  # noqa: E402
+
+pipeline_utils.tqdm = tqdm  # in a notebook it would be a widget, of which the saved notebook keeps a bar at 0 %
 
 MOST_FRAMES = 17  # of an animation: a clip of 49 would make the notebook too large to be shown on GitHub
 
@@ -70,18 +71,27 @@ def new_folder(name):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def show(figure, caption):
+def coarser(picture, step):
+    """A PIL picture with each colour rounded to a multiple of `step`, which no eye sees up to 6, and which PNG compresses better."""
+    values = np.asarray(picture.convert("RGB")).astype(np.int16)
+    return Picture.fromarray(((values + step // 2) // step * step).clip(0, 255).astype(np.uint8))
+
+
+def png(picture):
+    """PNG bytes of a PIL picture or a matplotlib figure."""
+    data = io.BytesIO()
+    if isinstance(picture, plt.Figure):
+        picture.savefig(data, format="png", dpi=90, bbox_inches="tight")
+        plt.close(picture)  # or the inline backend shows it once more
+        picture, data = Picture.open(data), io.BytesIO()
+    coarser(picture, 4).save(data, format="png")
+    return data.getvalue()
+
+
+def show(picture, caption):
     """A matplotlib figure, a PIL picture or PNG bytes, and the sentence that describes it: its alt text, and shown below."""
-    if isinstance(figure, plt.Figure):
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=90, bbox_inches="tight")
-        plt.close(figure)  # or the inline backend shows it once more
-        figure = data.getvalue()
-    elif isinstance(figure, Picture.Image):
-        data = io.BytesIO()
-        figure.save(data, format="png")
-        figure = data.getvalue()
-    display(Image(figure, format="png", alt=html.escape(caption)))
+    data = picture if isinstance(picture, bytes) else png(picture)
+    display(Image(data, format="png", alt=html.escape(caption)))
     display(Markdown(f"*Figure: {caption}*"))
 
 
@@ -92,7 +102,7 @@ def resized(clip, px):
     return F.interpolate(clip, size=(px, round(clip.shape[3] * px / clip.shape[2])), mode="area")
 
 
-def sheet(clips, labels, caption, columns=6, px=96):
+def sheet(clips, labels, caption, columns=6, px=128):
     """Clips as rows of frames, a label above each: the still picture that stands before any animation."""
     show(cl.contact_sheet([resized(clip, px) for clip in clips], labels, columns, least_px=1), caption)
 
@@ -104,25 +114,25 @@ def strip(pictures, px):
 
 
 def animation(clips, labels, fps, per_row=4, px=128):
-    """APNG bytes: clips in step, a label above each. In 256 colours, all frames the same, which halves its size."""
+    """APNG bytes: clips in step, a label above each."""
     step = -(-len(clips[0]) // MOST_FRAMES)
     clips = [resized(clip[::step], px) for clip in clips]
     labels = [textwrap.wrap(label, clips[0].shape[3] // 6) for label in labels]  # letters are about 6 px wide
     head = 4 + 12 * max(map(len, labels))
     height, width = clips[0].shape[2] + head, clips[0].shape[3] + 4
-    columns, number = min(per_row, len(clips)), len(clips[0])
-    size = columns * width, -(-len(clips) // columns) * height
-    tall = Picture.new("RGB", (size[0], number * size[1]), "white")  # frame under frame
-    draw = ImageDraw.Draw(tall)
-    for k in range(number):
+    columns = min(per_row, len(clips))
+    frames = []
+    for k in range(len(clips[0])):
+        picture = Picture.new("RGB", (columns * width, -(-len(clips) // columns) * height), "white")
+        draw = ImageDraw.Draw(picture)
         for i, (clip, lines) in enumerate(zip(clips, labels)):
-            x, y = i % columns * width, k * size[1] + i // columns * height
+            x, y = i % columns * width, i // columns * height
             draw.multiline_text((x + 2, y + 1), "\n".join(lines), fill="black", spacing=1)
-            tall.paste(cl.to_image(clip[k]), (x, y + head))
-    tall = tall.quantize(256, method=Picture.Quantize.MEDIANCUT, dither=Picture.Dither.NONE)
-    first, *rest = (tall.crop((0, k * size[1], size[0], (k + 1) * size[1])) for k in range(number))
+            picture.paste(cl.to_image(clip[k]), (x, y + head))
+        frames.append(coarser(picture, 6))
     data = io.BytesIO()
-    first.save(data, format="png", save_all=True, append_images=rest, duration=round(1000 * step / fps), loop=0)
+    how = dict(duration=round(1000 * step / fps), loop=0)
+    frames[0].save(data, format="png", save_all=True, append_images=frames[1:], **how)
     return data.getvalue()
 
 
@@ -184,6 +194,7 @@ class LossCurve:
     def __init__(self, config, label):
         self.config, self.label, self.metrics, self.drawn = config, label, [], 0.0
         self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+        self.told = display(Markdown(""), display_id=True)
 
     def __call__(self, metrics):
         self.metrics.append(metrics)
@@ -201,29 +212,26 @@ class LossCurve:
         axes.plot(steps, means, label=f"mean of the last {width + 1}")
         if heldout:
             axes.plot(*zip(*heldout), "o-", label="held-out")
-        axes.set(xlabel="step", ylabel="loss", xlim=(0, self.config.steps), yscale="log", title=self.label)
+        axes.set(xlabel="step", ylabel="loss", xlim=(0, self.config.steps), title=self.label)
         axes.legend()
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=90, bbox_inches="tight")
-        plt.close(figure)
-        alt = html.escape(caption or f"loss of {self.label} so far")
-        self.handle.update(Image(data.getvalue(), format="png", alt=alt))
+        caption = caption or f"loss of {self.label} so far."
+        self.handle.update(Image(png(figure), format="png", alt=html.escape(caption)))
+        self.told.update(Markdown(f"*Figure: {caption}*"))
         self.drawn = time.perf_counter()
 
 
 def train(config, label=None):
     """`cl.train`, seen: what the program decides and why, a line of progress, a loss curve that grows. Returns the run."""
-    config = cl.resolve(config)[0]
-    curve = LossCurve(config, label or f"--{config.method}, rate {config.lr:g}")
+    resolved = cl.resolve(config)[0]
+    curve = LossCurve(resolved, label or f"--{resolved.method}, rate {resolved.lr:g}")
     with progress():
         run = cl.train(config, callbacks=[curve])
     s = run.summary
     caption = (
-        f"loss of {curve.label} over {s['steps']} steps (seed {config.seed}, batches of {config.batch_size}); on held-out clips, at "
+        f"loss of {curve.label} over {s['steps']} steps (seed {resolved.seed}, batches of {resolved.batch_size}); on held-out clips, at "
         f"fixed timesteps and under fixed noise, {s['heldout_before']:.4f} before and {s['heldout_after']:.4f} after."
     )
     curve.draw(caption)
-    display(Markdown(f"*Figure: {caption}*"))
     return run
 
 
@@ -277,7 +285,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in itertools.chain(args) if isinstance(t, torch.Tensor)}
+        known = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage(), known)
