@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def machine():
 
 def spelled(seconds):
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def running_time(seconds, processor_s, where):
+    """The header's sentence. Where the processor was kept from the kernel for much of the time, it says so: such a time is no
+    measurement of the notebook."""
+    busy = processor_s < 0.7 * seconds and "NVIDIA" not in where
+    spent = f" on a busy machine ({spelled(processor_s)} of processor time)" if busy else ""
+    return f"{spelled(seconds)}{spent} on {where}, measured, from a fresh clone"
 
 
 def fresh_copy(folder):
@@ -114,7 +123,7 @@ def too_large(notebook):
 
 
 def execute(path):
-    """(executed notebook, seconds). Raises CellExecutionError, CellTimeoutError or DeadKernelError."""
+    """(executed notebook, seconds, seconds of processor time). Raises CellExecutionError, CellTimeoutError or DeadKernelError."""
     with tempfile.TemporaryDirectory() as folder:
         fresh_copy(Path(folder))
         notebook = nbformat.read(path, as_version=4)
@@ -122,9 +131,10 @@ def execute(path):
             notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", record_timing=False, store_widget_state=False,
             coalesce_streams=True, resources={"metadata": {"path": str(Path(folder) / "notebooks")}},
         )  # fmt: skip
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         client.execute()
-        return notebook, time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        return notebook, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def write(path, notebook):
@@ -145,22 +155,20 @@ def main(argv=None):
     where, total, failed = machine(), 0.0, []
     for path in chosen:
         try:
-            notebook, seconds = execute(path)
+            notebook, seconds, processor_s = execute(path)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             failed.append(path.name)
             print(f"{path.name:32} FAILED\n{error}", flush=True)
             continue
-        told = f"{spelled(seconds)} on {where}, measured, from a fresh clone"
-        notebook = with_header(normalised(notebook), path.name, told)
+        notebook = with_header(normalised(notebook), path.name, running_time(seconds, processor_s, where))
         problem = too_large(notebook)
         if problem:
             failed.append(path.name)
         else:
             write(path, notebook)
         total += seconds
-        print(
-            f"{path.name:32} {spelled(seconds):>12}   {path.stat().st_size / 1e6:.2f} MB   {problem or ''}", flush=True
-        )
+        size = f"{processor_s:.0f} s of processor time   {path.stat().st_size / 1e6:.2f} MB"
+        print(f"{path.name:32} {spelled(seconds):>12}   {size}   {problem or ''}", flush=True)
     print(f"{'together':32} {spelled(total):>12}   on {where}")
     if failed:
         print(f"left as they were: {', '.join(failed)}", file=sys.stderr)

@@ -242,6 +242,11 @@ def test_regeneration_fills_the_running_time_and_where_the_repository_is():
     assert filled.cells[1].source.startswith(f'HOME = "https://github.com/{regenerate.REPOSITORY}"\n')
 
 
+def test_a_time_taken_on_a_busy_machine_says_so():
+    assert regenerate.running_time(70, 110, "2 cores") == "1 min 10 s on 2 cores, measured, from a fresh clone"
+    assert "on a busy machine (1 min 10 s of processor time)" in regenerate.running_time(240, 70, "2 cores")
+
+
 @pytest.mark.parametrize("bytes_, words", [(regenerate.MOST_OUTPUT + 1, "an output of"), (10, None)])
 def test_regeneration_refuses_outputs_that_are_too_large(bytes_, words):
     cell = nbformat.v4.new_code_cell("x", execution_count=1)
