@@ -53,7 +53,8 @@ def machine():
 
 
 def spelled(seconds):
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def running_time(seconds, processor_s, where):

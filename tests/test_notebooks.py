@@ -242,6 +242,13 @@ def test_regeneration_fills_the_running_time_and_where_the_repository_is():
     assert filled.cells[1].source.startswith(f'HOME = "https://github.com/{regenerate.REPOSITORY}"\n')
 
 
+@pytest.mark.parametrize(
+    "seconds, words", [(59.4, "59 s"), (59.7, "1 min 0 s"), (119.7, "2 min 0 s"), (70, "1 min 10 s")]
+)
+def test_times_are_spelled_as_a_clock_would(seconds, words):
+    assert regenerate.spelled(seconds) == words
+
+
 def test_a_time_taken_on_a_busy_machine_says_so():
     assert regenerate.running_time(70, 110, "2 cores") == "1 min 10 s on 2 cores, measured, from a fresh clone"
     assert "on a busy machine (1 min 10 s of processor time)" in regenerate.running_time(240, 70, "2 cores")
