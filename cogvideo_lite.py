@@ -1566,11 +1566,12 @@ def subject_masks(video, speed):
     rim, middle = WORK_PX // 12, np.zeros(speed.shape, bool)
     middle[:, rim:-rim, rim:-rim] = True
     standing_out = parted(middle, balance=True)
-    gain = own(standing_out) - own(moving)
+    owned = own(moving)
+    gain = own(standing_out) - owned
     moves = standing_out.any() and speed[standing_out].mean() > speed[~standing_out].mean()
-    if own(moving) and not (gain > OWN_COLOURS_GAIN and moves):
+    if owned and not (gain > OWN_COLOURS_GAIN and moves):
         return moving, "moves"
-    return standing_out, "moves" if own(moving) else "stands out"
+    return standing_out, "moves" if owned else "stands out"
 
 
 def outlines(masks):
@@ -1735,7 +1736,7 @@ def grid_energy(clip, period=16):
 def distances(measured, reference):
     """How far one clip lies from reference clips, each as `measure` returns it: for MOTION's measures and the flicker the
     Wasserstein distance between the clip's values and theirs, for the pattern that from the most similar one's, for the
-    outlines the mean of `unlike`. Measures that the clip or all others lack are left out."""
+    grid the logarithm of how much stronger it is than usual, for the outlines the mean of `unlike`. Measures that the clip or all others lack are left out."""
     import numpy as np
 
     at, far = (np.arange(32) + 0.5) / 32, {}

@@ -312,6 +312,13 @@ def verdicts(rows):
 # A grid of fine-tunes of the nano base. An arm is a configuration; each is run with the same seeds, sampled with the same
 # prompts and noise, and judged in the same way, so that differences between arms are paired.
 
+QUESTIONS = {
+    1: "does full fine-tuning on 50 clips distort where LoRA does not?", 2: "does it grow from 500 to 4000 steps?",
+    3: "is the learning rate the cause, and where is the knee?", 4: "LoRA and full at equal rate, weight change and concept",
+    5: "how many clips, how varied?", 6: "do optimizer, clipping, batch or weight decay move the knee?",
+    7: "how much of a stable low rate is vanishing updates?", 8: "which rank and alpha, and does an NF4 base matter?",
+    9: "which remedy rescues a ruined run?", 10: "which cheap number warns first?",
+}  # fmt: skip
 SEEDS = (1, 2, 3)
 # What the case on record trained with (CogVideo#116): 50 clips, one at a time, both methods at the same rate. 2e-4 for a model
 # ten times as wide is 2e-3 here (arXiv 2203.03466). AdamW's betas are 0.9 and 0.95 in cogvideo_lite as there.
@@ -331,7 +338,7 @@ class Arm:
     """One configuration of the study."""
 
     name: str
-    questions: tuple  # of those in README.md
+    questions: tuple  # numbers of QUESTIONS
     fields: dict  # of Config, over CASE
     at: tuple = (500,)  # steps at which it is sampled and judged; the last one ends it
     blends: tuple = ()  # shares of the way from the base at which the end is judged too
@@ -520,8 +527,8 @@ def run_arm(job):
     cv2.setNumThreads(1)
     cl.quiet_libraries()
     base_only = name == "base"
-    arm = Arm("base", (), {**CASE, "lr": 1e-6, **FULL}, (0,)) if base_only else study_arms()[name]
-    bench = Bench(arm if not base_only else dataclasses.replace(arm, at=(1,)), seed, work)
+    arm = Arm("base", (), {**CASE, "lr": 1e-6, **FULL}, (1,)) if base_only else study_arms()[name]
+    bench = Bench(arm, seed, work)
     clip_rows, run_rows, curve, pending = [], [], [], []
 
     def judge(step, blend=1.0):
@@ -702,7 +709,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
-    parser.add_argument("--questions", nargs="+", type=int, help="arms of these questions [all]")
+    parser.add_argument("--questions", nargs="+", type=int, choices=QUESTIONS, help="arms of these questions [all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after this time")
