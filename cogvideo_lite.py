@@ -128,6 +128,9 @@ class Config:
     guidance_scale: float = option("classifier-free guidance of a sample")
     checkpoint_every: int = option("steps between checkpoints, and between measurements of the held-out loss")
     checkpoints_limit: int = option("older checkpoints than the newest N are removed", 2)
+    stop_on_distortion: bool = option(
+        "end the run where its loss on a few held-out clips is above the untrained base's [a warning]", False
+    )
     resume: bool = option("continue from the newest complete checkpoint in OUT [the newest run of the method]", False)
     gradient_checkpointing: bool = option(
         "recompute activations in backward: less memory, more time [if > 0.5 B parameters]"
@@ -979,12 +982,12 @@ class Samples:
         dropped = torch.rand((), generator=draw("caption dropout")) < self.config.caption_dropout
         return self.sample(self.clip_at(position), t, draw("posterior"), draw("noise"), dropped)
 
-    def heldout(self, index, t):
-        """A held-out clip at a fixed timestep under fixed noise, the same for every seed of a run."""
+    def heldout(self, files, index, t):
+        """The held-out clip number `index` at a fixed timestep under fixed noise, the same for every seed of a run."""
         import torch
 
         draw = lambda purpose: keyed_generator("held-out", purpose, t, index)  # noqa: E731
-        return self.sample(self.cache.heldout[index], torch.tensor(t), draw("posterior"), draw("noise"), False)
+        return self.sample(files, torch.tensor(t), draw("posterior"), draw("noise"), False)
 
     def sample(self, files, t, posterior, noise, dropped):
         import torch
@@ -1899,6 +1902,13 @@ def judged_summary(folder, references):
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
 HELDOUT_CLIPS = 32  # at most, so that the measurement stays cheap
+WATCHED_CLIPS, WATCHED_FROM = 4, 25  # held-out clips that are looked at from this step on
+
+
+def is_watched(step):
+    """Steps 25, 50, 100, 200, ...: what goes wrong mostly does so early."""
+    rounds, rest = divmod(step, WATCHED_FROM)
+    return rest == 0 and rounds > 0 and rounds & (rounds - 1) == 0
 
 
 @dataclass
@@ -1999,12 +2009,14 @@ class Trainer:
         """A context in which the weights are those that the run would give: the average, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
-    def heldout_loss(self):
-        """Mean over held-out clips at fixed timesteps and under fixed noise: comparable between steps, runs and seeds."""
+    def heldout_loss(self, clips=None):
+        """Mean over held-out clips, or others of a cache (its `heldout` or `train`, or a part), at fixed timesteps and under fixed
+        noise: comparable between steps, runs and seeds."""
         import torch
 
         self.transformer.eval()
-        jobs = [(i, t) for i in range(min(HELDOUT_CLIPS, len(self.cache.heldout))) for t in HELDOUT_TIMESTEPS]
+        clips = self.cache.heldout if clips is None else clips
+        jobs = [(clips[i], i, t) for i in range(min(HELDOUT_CLIPS, len(clips))) for t in HELDOUT_TIMESTEPS]
         at_once, losses = 1 if self.base.large else 16, []
         with torch.no_grad(), self.judged():
             for k in range(0, len(jobs), at_once):
@@ -2013,23 +2025,28 @@ class Trainer:
         self.transformer.train()
         return float(torch.cat(losses).mean())
 
-    def draw_samples(self, folder, when):
-        """The validation prompts from the weights as they are, one seed each, always the same."""
+    def generated(self, seed=0, told="sampling"):
+        """A clip of each validation prompt from the weights as they are; clip k starts from the noise of seed + k."""
         import torch
         from diffusers import CogVideoXPipeline
 
         self.transformer.eval()
         vae = self.base.load("vae", self.dtype).to(self.device)
         pipe = CogVideoXPipeline(None, None, vae, self.transformer, self.scheduler)
-        pipe.set_progress_bar_config(desc=f"sampling {when}", leave=False)
+        pipe.set_progress_bar_config(desc=told, leave=False)
         if self.base.large:
             vae.enable_tiling()
         embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in self.cache.prompts.values()])
         embeds, empty = (e.to(self.device, self.dtype) for e in (embeds, self.samples.empty))
         with self.judged():
-            clips = generate(pipe, self.base, embeds, empty, self.config, seed=0)
-        save_samples(folder / "samples", when, clips, list(self.cache.prompts), self.config.fps)
+            clips = generate(pipe, self.base, embeds, empty, self.config, seed)
         self.transformer.train()
+        return clips
+
+    def draw_samples(self, folder, when):
+        """The validation prompts, always from the same seeds, as files."""
+        clips = self.generated(told=f"sampling {when}")
+        save_samples(folder / "samples", when, clips, list(self.cache.prompts), self.config.fps)
 
     def save_checkpoint(self, folder, step):
         save_checkpoint(folder, step, self.config, self.transformer, self.updates, self.average, self.scaler)
@@ -2104,7 +2121,11 @@ def train(config, callbacks=()):
     history = read_metrics(folder / "metrics.jsonl") if main else []
     if main and not all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts))):
         trainer.draw_samples(folder, "before")
-    before = history[0]["heldout_before"] if history else trainer.heldout_loss()
+    few = cache.heldout[:WATCHED_CLIPS]
+    if first:
+        began = read_metrics(folder / "metrics.jsonl")[0]
+    else:
+        began = {"heldout_before": trainer.heldout_loss(), "watched_before": trainer.heldout_loss(few)}
 
     step = first
     bar = tqdm(total=config.steps, initial=first, desc="training", disable=not main)
@@ -2116,7 +2137,9 @@ def train(config, callbacks=()):
                 raise RunError(f"{error}; earlier checkpoints are in {folder}")
             step += 1
             if step == 1:
-                metrics["heldout_before"] = before
+                metrics |= began
+            if is_watched(step):
+                metrics["watched_loss"] = trainer.heldout_loss(few)
             pause = step % config.checkpoint_every == 0 or step == config.steps
             if pause:
                 metrics["heldout_loss"] = trainer.heldout_loss()
@@ -2131,6 +2154,14 @@ def train(config, callbacks=()):
                     trainer.save_checkpoint(folder, step)
                 for callback in callbacks:
                     callback(metrics)
+            if metrics.get("watched_loss", 0) > began["watched_before"]:
+                alarm = (
+                    f"step {step}: the loss on {len(few)} held-out clips is {metrics['watched_loss']:.4f}, above the "
+                    f"{began['watched_before']:.4f} before training, as in runs that distort; lower --lr (now {config.lr:g})"
+                )
+                if config.stop_on_distortion:
+                    raise RunError(f"{alarm}; earlier checkpoints are in {folder}")
+                bar.write(f"warning: {alarm}; --stop-on-distortion would end the run here")
     except KeyboardInterrupt:
         if main and step > first and not trainer.updates.under_way:
             trainer.save_checkpoint(folder, step)
@@ -2146,7 +2177,7 @@ def train(config, callbacks=()):
         "steps": config.steps,
         "loss_first": mean([m["loss"] for m in history[: max(1, len(history) // 10)]]),
         "loss_last": mean([m["loss"] for m in history[-max(1, len(history) // 10) :]]),
-        "heldout_before": before,
+        "heldout_before": history[0]["heldout_before"],
         "heldout_after": history[-1]["heldout_loss"],
         "seconds": time.perf_counter() - started,
         "steps_per_s": 1 / mean([m["step_s"] for m in history[len(history) // 10 :]]),

@@ -113,6 +113,11 @@ def strip(pictures, px):
     return cl.to_image(row)
 
 
+def stacked(pictures):
+    """PIL pictures of one width, one above the other."""
+    return Picture.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
+
+
 def animation(clips, labels, fps, per_row=4, px=128):
     """APNG bytes: clips in step, a label above each."""
     step = -(-len(clips[0]) // MOST_FRAMES)

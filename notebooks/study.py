@@ -2,7 +2,9 @@
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
-    python notebooks/study.py results       its table: mean and spread over seeds of each arm
+    python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
+    python notebooks/study.py pictures      small contact sheets of what the lessons show
+    python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
     python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
 
 `run` can be stopped at any time; the same command goes on.
@@ -459,28 +461,12 @@ class Bench:
             changes = [m.get_delta_weight("default").detach().float() for m in layers]
         return math.sqrt(sum(float(c.square().sum()) for c in changes)) / self.base_norm
 
-    def loss_on(self, clips):
-        mine, self.cache.heldout = self.cache.heldout, clips
-        try:
-            return self.trainer.heldout_loss()
-        finally:
-            self.cache.heldout = mine
-
     def judge(self, step, blend=1.0):
         """Rows of the two tables: one a prompt, one in all."""
-        from diffusers import CogVideoXPipeline
-
-        trainer = self.trainer
-        trainer.transformer.eval()
-        vae = trainer.base.load("vae", torch.float32)
-        pipe = CogVideoXPipeline(None, None, vae, trainer.transformer, trainer.scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        embeds = torch.stack([cl.load_tensor(f, "prompt_embeds") for f in self.cache.prompts.values()])
-        with trainer.judged(), torch.no_grad():
-            clips = cl.generate(pipe, trainer.base, embeds, trainer.samples.empty, trainer.config, SAMPLING_SEED)
+        clips = self.trainer.generated(SAMPLING_SEED)
+        with self.trainer.judged(), torch.no_grad():
             change = self.weight_change()
-        losses = {f"loss_{name}": self.loss_on(those) for name, those in self.losses_on.items()}
-        trainer.transformer.train()
+        losses = {f"loss_{name}": self.trainer.heldout_loss(those) for name, those in self.losses_on.items()}
         key = {"arm": self.arm.name, "seed": self.seed, "step": step, "blend": blend}
         rows = []
         with torch.no_grad():
@@ -514,6 +500,14 @@ class Bench:
                 p.copy_(kept)
 
 
+SHEET_FRAMES = 4  # of each clip on a contact sheet
+
+
+def sheet_of(work, row):
+    """Where the contact sheet of a row of the runs' table lies."""
+    return work / "sheets" / "{arm}_seed_{seed:g}_step_{step:g}_blend_{blend:g}.png".format(**row).replace(" ", "_")
+
+
 CURVE = ("loss", "grad_norm", "update_ratio", "changed_share")
 CURVE_STEPS = 25  # a row of curves.csv is the mean over so many steps
 
@@ -535,12 +529,10 @@ def run_arm(job):
         rows, row, clips = bench.judge(step, blend)
         clip_rows.extend(rows)
         run_rows.append(row)
-        sheet = cl.contact_sheet(
-            clips, [f"{where}: {prompt}" for where, prompt in bench.prompts], columns=4, least_px=64
-        )
-        file = work / "sheets" / f"{name} seed {seed} step {step} blend {blend:g}.png".replace(" ", "_")
+        labels = [f"{where}: {prompt}" for where, prompt in bench.prompts]
+        file = sheet_of(work, run_rows[-1])
         file.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(file)
+        cl.contact_sheet(clips, labels, columns=SHEET_FRAMES, least_px=64).save(file)
 
     if base_only:
         judge(0)
@@ -645,20 +637,111 @@ def run_study(work, only, questions, seeds, jobs, hours):
 # ------------------------------------------------------------------------------------------------------ what came of it
 
 
+def on_sheet(file, rows):
+    """The frames (F, 3, H, W) in [0, 1] of each of `rows` clips of a contact sheet that `run_arm` saved."""
+    from PIL import Image
+
+    picture = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).float() / 255  # (H, W, 3)
+    height, width = picture.shape[0] // rows, picture.shape[1] // SHEET_FRAMES  # of a cell
+    cells = picture.unfold(0, height, height).unfold(1, width, width)  # (rows, frames, 3, height, width)
+    size = world.SIZE
+    return list(cells[..., height - size - 2 : height - 2, :size])  # below the label, left of the gap
+
+
+def captions(work):
+    """Read from the contact sheets that `run` left in `work` which parts of its caption each clip away from the concept shows, and
+    add that to results/study_captions.csv. It tells forgetting, which no outline shows: a spider may be sound where a fish was
+    asked for."""
+    asked = json.loads((cl.HERE / "data_samples/prompts.json").read_text())
+    prompts = [(where, prompt) for where, those in asked.items() for prompt in those]
+    known = {world.caption(*row): row for those in world.combinations() for row in those}
+    done = {checkpoint(row) for row in read_table(table("captions"))}
+    todo = [row for row in read_table(table("runs")) if checkpoint(row) not in done and sheet_of(work, row).exists()]
+    for row in tqdm(todo, desc="read captions", unit="model"):
+        shown = zip(prompts, on_sheet(sheet_of(work, row), len(prompts)))
+        away = [(prompt, frames) for (where, prompt), frames in shown if where == "away"]
+        readings = world.truth_report([frames for _, frames in away], progress=False)
+        append_rows(
+            table("captions"),
+            [
+                {**{k: row[k] for k in ("arm", "seed", "step", "blend")}, "prompt": prompt}
+                | {part: float(a == b) for part, a, b in zip(PARTS, reading.parts(), known[prompt])}
+                for (prompt, _), reading in zip(away, readings)
+            ],
+        )
+
+
+PARTS = ("creature", "colour", "direction", "ground")  # of a caption
+
+
+def checkpoint(row):
+    """What tells the rows of a table apart."""
+    return row["arm"], int(row["seed"]), int(row["step"]), row["blend"]
+
+
 def checkpoints():
-    """A dict for each judged checkpoint, from the tables: what the runs' table says of it, and for each measure of the clips the
-    mean over the prompts of each set, such as score_concept and pose_iou_away."""
-    key = lambda row: (row["arm"], int(row["seed"]), int(row["step"]), row["blend"])  # noqa: E731
-    found = {key(row): dict(row) for row in read_table(table("runs"))}
-    clips = {}
-    for row in read_table(table("clips")):
-        clips.setdefault((key(row), row["set"]), []).append(row)
-    for (at, where), rows in clips.items():
+    """A dict for each judged checkpoint, from the tables: what the runs' table says of it; for each measure of the clips the mean
+    over the prompts of each set, such as score_concept and pose_iou_away; and the shares of captions away from the concept whose
+    creature, colour, direction and ground are right, as far as `captions` has read them."""
+    found = {checkpoint(row): dict(row) for row in read_table(table("runs"))}
+    sums = {}
+    for kind in ("clips", "captions"):
+        for row in read_table(table(kind)):
+            sums.setdefault((checkpoint(row), row.get("set", "")), []).append(row)
+    for (at, where), rows in sums.items():
         if at in found:  # else its run is not finished
             for name in rows[0]:
                 if name not in ("arm", "seed", "step", "blend", "set", "prompt"):
-                    found[at][f"{name}_{where}"] = statistics.fmean(row[name] for row in rows)
+                    found[at][f"{name}_{where}".rstrip("_")] = statistics.fmean(row[name] for row in rows)
     return list(found.values())
+
+
+@dataclasses.dataclass
+class Series:
+    """A measure along the steps of an arm: its mean over seeds, the least and the most, and the number of seeds."""
+
+    x: list
+    mean: list
+    low: list
+    high: list
+    seeds: int
+
+
+def series(made, arm, measure, along="step"):
+    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first. Raises KeyError
+    where there is none."""
+    mine = [c for c in made if c["arm"] in (arm, "base") and c["blend"] == 1 and isinstance(c.get(measure), float)]
+    steps = sorted({c["step"] for c in mine})
+    if not any(steps):
+        raise KeyError(f"{arm}: no finished run in {table('runs').name}")
+    at = [[c for c in mine if c["step"] == step] for step in steps]
+    values = [[c[measure] for c in those] for those in at]
+    return Series(
+        [statistics.fmean(c[along] for c in those) for those in at], [statistics.fmean(v) for v in values],
+        [min(v) for v in values], [max(v) for v in values], len(values[-1]),
+    )  # fmt: skip
+
+
+PICTURED = ("base", "full 2e-3", "lora 2e-3", "lora 2e-3 as on record", "full 2e-3 back", "lora 2e-3 back")
+
+
+def picture_of(row):
+    """Where the small contact sheet of a row of the runs' table lies, of seed 1 (the base's only seed is 0)."""
+    return RESULTS / "sheets" / sheet_of(Path(), row).with_suffix(".webp").name
+
+
+def pictures(work):
+    """Copy the contact sheets of seed 1 that the lessons show, as small WebP files, to results/sheets."""
+    from PIL import Image
+
+    arms, wanted = study_arms(), 0
+    for row in read_table(table("runs")):
+        shown = row["arm"] in PICTURED or 3 in arms[row["arm"]].questions
+        if shown and row["seed"] <= 1 and sheet_of(work, row).exists():
+            picture_of(row).parent.mkdir(parents=True, exist_ok=True)
+            Image.open(sheet_of(work, row)).convert("RGB").save(picture_of(row), quality=85, method=6)
+            wanted += 1
+    print(f"{wanted} contact sheets in {RESULTS / 'sheets'}")
 
 
 def agreement():
@@ -680,7 +763,7 @@ def agreement():
 
 SHOWN = {
     "score_concept": "distortion", "pose_iou_concept": "pose IoU", "concept_concept": "concept", "score_away": "away: distortion",
-    "pose_iou_away": "away: pose IoU", "concept_away": "away: concept", "loss_concept": "held-out loss", "loss_away": "away: loss",
+    "pose_iou_away": "away: pose IoU", "creature": "away: creature right", "colour": "away: colour right", "concept_away": "away: concept", "loss_concept": "held-out loss", "loss_away": "away: loss",
     "weight_change": "weight change",
 }  # fmt: skip
 
@@ -705,7 +788,7 @@ def results(questions, only):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["validate", "run", "agreement", "results"])
+    parser.add_argument("step", choices=["validate", "run", "captions", "pictures", "agreement", "results"])
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
@@ -722,6 +805,10 @@ def main(argv=None):
         torch.set_num_threads(1)
         cl.quiet_libraries()
         run_study(args.work.expanduser(), args.only, args.questions, args.seeds, args.jobs, args.hours)
+        return
+    if args.step in ("captions", "pictures"):
+        with torch.no_grad():
+            {"captions": captions, "pictures": pictures}[args.step](args.work.expanduser())
         return
     if args.step == "agreement":
         agreement()
