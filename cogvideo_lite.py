@@ -146,7 +146,7 @@ NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scal
 LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
 NANO_LORA = dict(
     NANO, lr=2e-3, optimizer="adamw",
-    source="1e-4..1e-3 of CogVideo#116, a few times higher since the model is a tenth as wide (arXiv 2406.08447)",
+    source="of five rates that with the lowest held-out loss after 500 steps (notebooks/study.py results --questions 3)",
 )  # fmt: skip
 LARGE_LORA = dict(
     LARGE, lr=1e-4, optimizer="adamw",
@@ -157,13 +157,13 @@ RECIPES = {
     ("nano", "qlora"): NANO_LORA,
     ("nano", "full"): dict(
         NANO, lr=1e-4, optimizer="adamw",
-        source="1e-5 of CogVideo#116 times ten, since the model is a tenth as wide (arXiv 2203.03466)",
+        source="of six rates that with the lowest held-out loss after 500 steps (notebooks/study.py results --questions 3)",
     ),
     ("large", "lora"): LARGE_LORA,
     ("large", "qlora"): LARGE_LORA,
     ("large", "full"): dict(
         LARGE, lr=1e-5, optimizer="adafactor",
-        source="1e-5 of CogVideo#116; factored states, since a 5B model's do not fit 24 GB otherwise",
+        source="1e-5 of CogVideo#116, a tenth of the best for a tenth of the width (arXiv 2203.03466); factored states, since a 5B model's do not fit 24 GB otherwise",
     ),
 }  # fmt: skip
 
@@ -1902,11 +1902,14 @@ def judged_summary(folder, references):
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
 HELDOUT_CLIPS = 32  # at most, so that the measurement stays cheap
-WATCHED_CLIPS, WATCHED_FROM = 4, 25  # held-out clips that are looked at from this step on
+WATCHED_CLIPS, WATCHED_FROM = (
+    4,
+    50,
+)  # held-out clips that are looked at from this step on; sound runs too may stumble before
 
 
 def is_watched(step):
-    """Steps 25, 50, 100, 200, ...: what goes wrong mostly does so early."""
+    """Steps 50, 100, 200, ...: what goes wrong mostly does so early."""
     rounds, rest = divmod(step, WATCHED_FROM)
     return rest == 0 and rounds > 0 and rounds & (rounds - 1) == 0
 
@@ -2085,6 +2088,15 @@ def train(config, callbacks=()):
     config.compute_dtype = str(dtype).removeprefix("torch.")
     why.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
     main = accelerator.is_main_process
+    if accelerator.distributed_type.name in (
+        "DEEPSPEED",
+        "FSDP",
+        "MEGATRON_LM",
+    ):  # they cut up the tensors that `Updates` steps
+        raise UserError(
+            f"accelerate launch: {accelerator.distributed_type.value} spreads weights over processes, and each must hold them whole "
+            "here; launch with --multi_gpu in its place"
+        )
     if config.batch_size % accelerator.num_processes:
         raise UserError(
             f"--batch-size {config.batch_size}: must be a multiple of the {accelerator.num_processes} processes"

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -268,16 +268,27 @@ def new_trainer(config):
     return cl.Trainer(config, base, cl.cache_clips(config, accelerator.device), accelerator)
 
 
-def short_run(config, each=None):
+def short_run(config, each=None, clips=None):
     """The steps of `cl.train`, without samples, checkpoints and files, so that many runs fit in a lesson. `each` is called with the
-    trainer and the metrics after every step."""
+    trainer and the metrics after every step. clips: how many held-out clips the losses are of [as many as in `cl.train`, which takes
+    as long as a dozen steps]."""
     trainer = new_trainer(config)
-    before, metrics = trainer.heldout_loss(), []
+    heldout = trainer.cache.heldout[:clips]
+    before, metrics = trainer.heldout_loss(heldout), []
     for step in range(trainer.config.steps):
         metrics.append(trainer.step(step))
         if each:
             each(trainer, metrics[-1])
-    return ShortRun(trainer, metrics, before, trainer.heldout_loss())
+    return ShortRun(trainer, metrics, before, trainer.heldout_loss(heldout))
+
+
+def save_run(trainer, name):
+    """What `cl.sample` and `cl.merge` read of a finished run, for a model that was trained here step by step. Returns its folder."""
+    folder = Path(new_folder(name))
+    cl.save_trained(trainer.transformer, trainer.config.method, folder)
+    cl.write_json(folder / "config.json", asdict(trainer.config))
+    cl.write_json(folder / "summary.json", {"steps": trainer.updates.step_number + 1})
+    return folder
 
 
 class PeakMemory(TorchDispatchMode):

@@ -2,9 +2,11 @@
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
+    python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
     python notebooks/study.py pictures      small contact sheets of what the lessons show
     python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
+    python notebooks/study.py answers       the claims under each question: paired differences, intervals, confirmed or refuted
     python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
 
 `run` can be stopped at any time; the same command goes on.
@@ -637,6 +639,69 @@ def run_study(work, only, questions, seeds, jobs, hours):
 # ------------------------------------------------------------------------------------------------------ what came of it
 
 
+ALARM_SEEDS, ALARM_LOOKS = (11, 12, 13, 14), (10, 15, 20, 25, 30, 40, 50)
+
+
+def alarm(work):
+    """The loss on a few held-out clips in the first steps, over that of the untrained base, at all rates of question 3 and with seeds
+    of its own; writes results/study_alarm.csv, a row a look."""
+    from accelerate import Accelerator
+
+    table("alarm").unlink(missing_ok=True)
+    arms = [arm for arm in study_arms().values() if 3 in arm.questions]
+    for arm, seed in tqdm([(arm, seed) for arm in arms for seed in ALARM_SEEDS], desc="alarm", unit="run"):
+        fields = dict(
+            arm.fields,
+            data="data_samples/spider",
+            heldout="data_samples/spider-heldout",
+            seed=seed,
+            steps=ALARM_LOOKS[-1],
+        )
+        config, base, _ = cl.resolve(
+            cl.Config(**fields, cache=str(work / "cache"), validation_prompts=["a spider"], compute_dtype="float32")
+        )
+        trainer = cl.Trainer(config, base, cl.cache_clips(config), Accelerator(mixed_precision="no", cpu=True))
+        few, rows = trainer.cache.heldout[: cl.WATCHED_CLIPS], []
+        before = trainer.heldout_loss(few)
+        for step in range(config.steps):
+            metrics = trainer.step(step)
+            if step + 1 in ALARM_LOOKS:
+                ratio = trainer.heldout_loss(few) / before
+                rows.append(
+                    {
+                        "arm": arm.name,
+                        "seed": seed,
+                        "step": step + 1,
+                        "ratio": ratio,
+                        "update_ratio": metrics["update_ratio"],
+                    }
+                )
+        append_rows(table("alarm"), rows)
+    alarms()
+
+
+def alarms():
+    """Print, for each look, the highest ratio of an arm that is sound after 500 steps and the lowest of one that is not."""
+    found = read_table(table("alarm"))
+    ruined = {
+        c["arm"] for c in checkpoints() if c["step"] == 500 and c.get("loss_concept", 0) > base_of("loss_concept")
+    }
+    print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(ruined))}")
+    for step in ALARM_LOOKS:
+        of = {
+            kind: [r["ratio"] for r in found if r["step"] == step and (r["arm"] in ruined) == kind]
+            for kind in (False, True)
+        }
+        print(
+            f"step {step:3}: of {len(of[False])} sound runs {sum(r > 1 for r in of[False])} above the base, highest {max(of[False]):.2f}; of "
+            f"{len(of[True])} others {sum(r > 1 for r in of[True])}, lowest {min(of[True]):.2f}"
+        )
+
+
+def base_of(measure):
+    return next(c[measure] for c in checkpoints() if c["arm"] == "base")
+
+
 def on_sheet(file, rows):
     """The frames (F, 3, H, W) in [0, 1] of each of `rows` clips of a contact sheet that `run_arm` saved."""
     from PIL import Image
@@ -761,6 +826,96 @@ def agreement():
     print(f"  single clips     {rho:6.2f}   ({len(clips)} of them)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That a measure of one model is above that of another; each model an arm, a step and a share of the way (1: no blend)."""
+
+    question: int
+    words: str
+    measure: str
+    above: tuple
+    below: tuple
+
+
+def claims():
+    """What is said, or was expected, as differences that the tables can show."""
+
+    def at(arm, step=500, blend=1.0):
+        return arm, step, blend
+
+    base, end = at("base", 0), at("full 2e-3")
+    return [
+        Claim(1, "full fine-tuning at 2e-3 distorts clips away from the concept more than LoRA does", "score_away", end, at("lora 2e-3")),
+        Claim(1, "and those of the concept", "score_concept", end, at("lora 2e-3")),
+        Claim(1, "its outlines fit real poses less", "pose_iou_away", at("lora 2e-3"), end),
+        Claim(1, "LoRA at 2e-3 too, against the base", "score_away", at("lora 2e-3"), base),
+        Claim(2, "full fine-tuning at 2e-3 distorts more after 4,000 steps than after 500", "score_away", at("full 2e-3", 4000), end),
+        Claim(2, "at 1e-4 it does", "score_away", at("full 1e-4", 4000), at("full 1e-4")),
+        Claim(2, "LoRA at 2e-3 does", "score_away", at("lora 2e-3", 4000), at("lora 2e-3")),
+        Claim(2, "full fine-tuning at 2e-3 forgets more colours after 4,000 steps than after 500", "colour", end, at("full 2e-3", 4000)),
+        Claim(3, "at a twentieth of the rate full fine-tuning distorts less", "score_away", end, at("full 1e-4")),
+        Claim(3, "and learns more of the concept", "concept_concept", at("full 1e-4"), end),
+        Claim(3, "full fine-tuning at 6e-4 is worse on held-out clips than at 1e-4", "loss_concept", at("full 6e-4"), at("full 1e-4")),
+        Claim(3, "LoRA at 6e-3 distorts more than at 2e-3", "score_away", at("lora 6e-3"), at("lora 2e-3")),
+        Claim(3, "LoRA at 2e-2 distorts more than at 6e-3", "score_away", at("lora 2e-2"), at("lora 6e-3")),
+        Claim(4, "LoRA at 2e-3 learns more of the concept than full fine-tuning at 1e-4", "concept_concept", at("lora 2e-3"), at("full 1e-4")),
+        Claim(4, "full fine-tuning at 1e-4 keeps more of the colours it is asked for", "colour", at("full 1e-4"), at("lora 2e-3")),
+        Claim(4, "and loses less of what the base knew", "loss_away", at("lora 2e-3"), at("full 1e-4")),
+        Claim(4, "alpha = 1 at rank 32 distorts less than alpha = 32 at the same rate", "score_away", at("lora 6e-3"), at("lora 6e-3 alpha 1")),
+        Claim(4, "adapters on all matrices distort more than on the attention's", "score_away", at("lora 2e-3 all matrices"), at("lora 2e-3")),
+        Claim(5, "with 200 clips full fine-tuning at 2e-3 distorts less than with 50", "score_away", end, at("full 2e-3 200 clips")),
+        Claim(5, "with 200 clips LoRA forgets fewer colours than with 50", "colour", at("lora 2e-3 200 clips"), at("lora 2e-3")),
+        Claim(6, "without clipping full fine-tuning at 2e-3 distorts more", "score_away", at("full 2e-3 no clipping"), end),
+        Claim(6, "batches of 4 make it distort less", "score_away", end, at("full 2e-3 batch 4")),
+        Claim(7, "rounded to nearest in bf16, full fine-tuning at 2e-5 learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16-nearest")),
+        Claim(7, "rounded stochastically, it learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16")),
+        Claim(7, "at 1e-4, to nearest, it learns less", "concept_concept", at("full 1e-4"), at("full 1e-4 bfloat16-nearest")),
+        Claim(8, "rank 128 learns more than rank 32, both with alpha = rank", "concept_concept", at("lora 2e-3 rank 128 alpha 128"), at("lora 2e-3")),
+        Claim(8, "an NF4 base costs some of the concept", "concept_concept", at("lora 2e-3"), at("qlora 2e-3")),
+        Claim(9, "half way back, a run ruined at 2e-3 is less distorted", "score_away", at("full 2e-3 back"), at("full 2e-3 back", 500, 0.5)),
+        Claim(9, "and shows more of the concept", "concept_concept", at("full 2e-3 back", 500, 0.5), at("full 2e-3 back")),
+        Claim(9, "three quarters of LoRA's way distort less than all of it", "score_away", at("lora 2e-3 back"), at("lora 2e-3 back", 500, 0.75)),
+        Claim(9, "an average of the weights (0.99) lowers the held-out loss at 6e-4", "loss_concept", at("full 6e-4"), at("full 6e-4 ema 0.99")),
+        Claim(9, "L2 towards the base (10) loses less of what it knew", "loss_away", at("full 6e-4"), at("full 6e-4 l2 to base 10")),
+        Claim(9, "clips of other things lose less of what it knew", "loss_away", at("full 6e-4"), at("full 6e-4 prior")),
+        Claim(9, "without caption dropout it distorts more", "score_away", at("full 6e-4 no caption dropout"), at("full 6e-4")),
+    ]  # fmt: skip
+
+
+def answer(claim, made):
+    """(differences paired by seed, half of the 95 % interval of their mean, verdict) of a claim. Student's t, which is wide for three
+    seeds: "unclear" means that the interval has 0 in it, not that there is no difference."""
+    from scipy.stats import t
+
+    def by_seed(model):
+        return {
+            c["seed"]: c[claim.measure]
+            for c in made
+            if (c["arm"], c["step"], c["blend"]) == model and claim.measure in c
+        }
+
+    high, low = by_seed(claim.above), by_seed(claim.below)
+    found = [a - low.get(seed, low.get(0)) for seed, a in sorted(high.items()) if seed in low or 0 in low]
+    if len(found) < 3:
+        return found, None, "too few seeds yet" if found else "not run yet"
+    half = float(t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
+    mean = statistics.fmean(found)
+    return found, half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
+
+
+def answers(questions):
+    """Print a Markdown table of the claims under each question."""
+    made = checkpoints()
+    print("| question | claim | measure | mean difference | of each seed | |\n| --- | --- | --- | ---: | ---: | --- |")
+    for claim in claims():
+        if questions and claim.question not in questions:
+            continue
+        found, half, verdict = answer(claim, made)
+        shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.1g}"
+        each = ", ".join(f"{x:+.2g}" for x in found)
+        print(f"| {claim.question} | {claim.words} | {SHOWN[claim.measure]} | {shown} | {each} | {verdict} |")
+
+
 SHOWN = {
     "score_concept": "distortion", "pose_iou_concept": "pose IoU", "concept_concept": "concept", "score_away": "away: distortion",
     "pose_iou_away": "away: pose IoU", "creature": "away: creature right", "colour": "away: colour right", "concept_away": "away: concept", "loss_concept": "held-out loss", "loss_away": "away: loss",
@@ -788,7 +943,9 @@ def results(questions, only):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["validate", "run", "captions", "pictures", "agreement", "results"])
+    parser.add_argument(
+        "step", choices=["validate", "run", "alarm", "captions", "pictures", "agreement", "answers", "results"]
+    )
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
@@ -806,12 +963,20 @@ def main(argv=None):
         cl.quiet_libraries()
         run_study(args.work.expanduser(), args.only, args.questions, args.seeds, args.jobs, args.hours)
         return
+    if args.step == "alarm":
+        torch.set_num_threads(1)
+        cl.quiet_libraries()
+        alarm(args.work.expanduser())
+        return
     if args.step in ("captions", "pictures"):
         with torch.no_grad():
             {"captions": captions, "pictures": pictures}[args.step](args.work.expanduser())
         return
     if args.step == "agreement":
         agreement()
+        return
+    if args.step == "answers":
+        answers(args.questions)
         return
     if args.step == "results":
         results(args.questions, args.only)

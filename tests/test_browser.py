@@ -1,6 +1,7 @@
-"""A reader in a real browser: JupyterLab opens the notebook with sliders, runs it, and a moved slider shows another picture."""
+"""A reader in a real browser: JupyterLab opens the dashboard, runs it, and other settings show other pictures."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,22 +25,26 @@ def page():
         try:
             browser = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         except playwright.Error as error:
-            pytest.skip(
+            reason = (
                 f"no browser: none of {', '.join(BROWSERS)}, and not Playwright's own ({str(error).splitlines()[0]})"
             )
+            (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(reason)
         yield browser.new_page(viewport={"width": 1200, "height": 1600})
         browser.close()
 
 
 @pytest.fixture
 def notebook(tmp_path):
-    """The first lesson up to its sliders, in a folder where JupyterLab may save what it likes."""
+    """The dashboard's section of its lesson, after the set-up, in a folder where JupyterLab may save what it likes."""
     (tmp_path / "notebooks").mkdir()
-    for name in ("cogvideo_lite.py", "data_samples", "notebooks/lesson.py"):
+    for name in ("cogvideo_lite.py", "data_samples", "notebooks/lesson.py", "notebooks/study.py", "notebooks/results"):
         (tmp_path / name).symlink_to(ROOT / name)
-    read = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4)
-    last = next(i for i, cell in enumerate(read.cells) if "lesson.Dashboard(" in cell.source)
-    read.cells = read.cells[: last + 1]
+    read = nbformat.read(ROOT / "notebooks/05_compare_step_counts.ipynb", as_version=4)
+    sources = [cell.source for cell in read.cells]
+    first = next(i for i, source in enumerate(sources) if source.startswith("## The dashboard"))
+    last = next(i for i, source in enumerate(sources) if "lesson.Dashboard(" in source)
+    setup = next(cell for cell in read.cells if cell.cell_type == "code")
+    read.cells = [setup, *read.cells[first : last + 1]]
     for cell in read.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -75,26 +80,28 @@ def lab(notebook, tmp_path):
             server.wait()
 
 
-def test_a_moved_slider_shows_another_picture(page, lab):
+def test_a_moved_slider_and_a_pressed_button_show_other_pictures(page, lab):
     page.goto(lab, timeout=120_000)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
     page.get_by_text(re.compile(r"\| Idle")).first.wait_for(timeout=120_000)  # or Lab would ask for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    picture = page.locator("img.widget-image")
+    picture, sentence = page.locator("img.widget-image"), page.locator(".widget-html-content")
     picture.wait_for(timeout=1000 * RUN_S)
     assert not page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count()
 
-    sentence, before, told = page.locator(".widget-html-content"), picture.screenshot(), []
-    told.append(sentence.inner_text())
-    slider = page.locator(".noUi-handle").nth(1)  # the second control: the timestep
-    slider.focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function("told => document.querySelector('.widget-html-content').innerText != told", arg=told[0])
-    page.wait_for_timeout(500)
-    assert "t = 100" in told[0] and "t = 300" in sentence.inner_text()
-    assert picture.screenshot() != before
-    page.keyboard.press("ArrowLeft")
-    page.wait_for_function("told => document.querySelector('.widget-html-content').innerText == told", arg=told[0])
-    page.wait_for_timeout(500)
-    assert picture.screenshot() == before  # looked up, not made anew
+    def after(act):
+        """(sentence, picture) once an act has changed them."""
+        told = sentence.inner_text()
+        act()
+        page.wait_for_function("told => document.querySelector('.widget-html-content').innerText != told", arg=told)
+        page.wait_for_timeout(500)
+        return sentence.inner_text(), picture.screenshot()
+
+    first = sentence.inner_text(), picture.screenshot()
+    page.locator(".noUi-handle").first.focus()
+    further = after(lambda: page.keyboard.press("ArrowRight"))
+    assert "125 steps" in first[0] and "250 steps" in further[0] and further[1] != first[1]
+    assert after(lambda: page.keyboard.press("ArrowLeft")) == first  # looked up, not made anew
+    other = after(lambda: page.get_by_role("button", name="LoRA", exact=True).click())
+    assert first[0].startswith("full fine-tuning") and other[0].startswith("LoRA") and other[1] != first[1]

@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import cogvideo_lite as cl
+
 
 @pytest.mark.parametrize("method, weights", [
     ("lora", "pytorch_lora_weights.safetensors"),
@@ -34,3 +36,12 @@ def test_two_processes_train_the_same_weights_as_one(tiny, clips, tmp_path, meth
     assert found["one"].keys() == found["two"].keys()
     for key, tensor in found["one"].items():
         torch.testing.assert_close(found["two"][key], tensor, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_launches_that_cut_weights_up_are_refused_with_the_reason(quick, monkeypatch, kind):
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType[kind])
+    with pytest.raises(cl.UserError, match="accelerate launch: .* spreads weights over processes"):
+        cl.train(quick())
