@@ -225,6 +225,9 @@ def resolve(config, base=None):
     for name in ("height", "width"):
         if getattr(config, name) % cell:
             raise UserError(f"--{name} {getattr(config, name)}: must be a multiple of {cell} for this model")
+        most = base.spatial * base.transformer[f"sample_{name}"]
+        if base.patch_t and getattr(config, name) > most:  # CogVideoX1.5 cuts its positions from a table
+            raise UserError(f"--{name} {getattr(config, name)}: must be at most {most} for this model")
     if config.micro_batch_size is not None and config.batch_size % config.micro_batch_size:
         raise UserError(f"--micro-batch-size {config.micro_batch_size}: must divide --batch-size {config.batch_size}")
     if config.clips is None and resolve_path(config.data) == HERE / "data_samples/spider":
@@ -2607,11 +2610,12 @@ def describe(model):
     base = find_base(model)
     try:
         text_encoder = json.loads((base.folder / "text_encoder/config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"model '{model}': a plan needs its text_encoder/config.json ({error})")
+    try:
         stored = str(dtype_on_disk(base.folder / "transformer")).removeprefix("torch.")
-    except (FileNotFoundError, StopIteration):
-        raise UserError(
-            f"model '{model}': a plan needs its text_encoder/config.json and a weight file of its transformer"
-        )
+    except StopIteration:  # no weights there yet: as they are usually published
+        stored = "bfloat16" if base.large else "float32"
     return Described(base.folder, base.transformer, base.vae, text_encoder, stored)
 
 
@@ -2689,6 +2693,7 @@ class Ledger:
 
         with Watch():
             yield
+        self.held.clear()  # what is destroyed later is no part of it
 
     def spans(self, phase, stage=None):
         """(first, last + 1) of the events of a phase, or of one stage of it, for each time that it began."""
@@ -3154,8 +3159,8 @@ def knobs(config):
 
 
 def fitting(planned, vram):
-    """Turn one knob after another, the gentlest first, as far as it helps, until a run fits. Returns (options changed, Plan in
-    full), or (None, Plan of the least that was found)."""
+    """Turn one knob after another, the gentlest first, as far as it helps, until a run fits; then turn back, the harshest first,
+    what is not needed any more. Returns (options changed, Plan in full), or (None, Plan of the least that was found)."""
     changes, peak, best, turned = {}, planned.peak_gib, planned, []
     while best.peak_gib > vram:
         config, _ = resolve_plan(planned.asked, **changes)
@@ -3170,7 +3175,19 @@ def fitting(planned, vram):
             peak = best.peak_gib
         if not left:
             break
-    return (changes if best.peak_gib <= vram else None), best
+    if best.peak_gib > vram:
+        return None, best
+    fewer = changes
+    for names in dict.fromkeys(tuple(change) for change in reversed(turned)):
+        without = {name: value for name, value in fewer.items() if name not in names}
+        with contextlib.suppress(UserError):  # some options need others
+            if without != fewer and max(estimate(planned, **without).values()) <= vram:
+                fewer = without
+    if fewer != changes:
+        less = plan(changed(planned.asked, **fewer))
+        if less.peak_gib <= vram:
+            return fewer, less
+    return changes, best
 
 
 def as_options(values):
@@ -3188,21 +3205,28 @@ def as_options(values):
     return " ".join(words)
 
 
+def measured_rate(work, flops, device, seconds):
+    """FLOP/s of something that is done again and again for some seconds on a device."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    work()  # the first call sets its kernels up
+    wait()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or not count:
+        work()
+        wait()
+        count += 1
+    return count * flops / (time.perf_counter() - start)
+
+
 def matrix_rate(device, dtype, seconds=2):
     """FLOP/s of matrix products on a device, measured."""
     import torch
 
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a @ b
-    wait()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        a @ b
-        wait()
-        count += 1
-    return count * 2 * n**3 / (time.perf_counter() - start)
+    return measured_rate(lambda: a @ b, 2 * n**3, device, seconds)
 
 
 def time_of_step(planned, card=None):
@@ -3237,7 +3261,8 @@ def plan_command(config, vram=None, card=None):
     for part in planned.phases["training"]:
         print(f"  {part:38}" + "".join(f"{parts[part]:10.2f}" for parts in planned.phases.values()))
     print(f"  {'together':38}" + "".join(f"{need:10.2f}" for need in needs.values()))
-    print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed)")
+    print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed;\n"
+          "not known: workspaces of convolutions, --compile, several processes, what else is on the card)")  # fmt: skip
     fits = vram is None or planned.peak_gib <= vram
     if vram:
         told = "fits" if fits else "does not fit"

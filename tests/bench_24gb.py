@@ -24,11 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import cogvideo_lite as cl  # noqa: E402
 
-# As published in transformer/config.json and scheduler_config.json; what is not here is the constructor's default.
-ARCHITECTURES = {
-    "2b": dict(num_attention_heads=30, num_layers=30, use_rotary_positional_embeddings=False),
-    "5b": dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
-}
+NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b"}
 PARAMETERS = {"2b": 1_693_783_872, "5b": 5_570_283_072}  # counted in the published models
 TARGETS_GIB = {"5b-qlora": 14, "2b-full": 14, "5b-full": 22}  # with bf16 arithmetic
 SIZES = [(f, 480, 720) for f in (49, 41, 33, 25, 17, 9)] + [(9, 240, 360), (9, 128, 192)]
@@ -43,18 +39,10 @@ def build(folder, name):
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    base = cl.describe(NAMES[name])
     with init_empty_weights():
-        transformer = CogVideoXTransformer3DModel(
-            **ARCHITECTURES[name],
-            sample_width=90,
-            sample_height=60,
-            sample_frames=49,
-            spatial_interpolation_scale=1.875,
-        )
-        vae = AutoencoderKLCogVideoX(
-            block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16,
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
-        )  # fmt: skip
+        transformer = CogVideoXTransformer3DModel.from_config(base.transformer)
+        vae = AutoencoderKLCogVideoX.from_config(base.vae)
     assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS[name]
     transformer.save_config(folder / "transformer")
     vae.save_config(folder / "vae")
@@ -110,8 +98,9 @@ def kernel_gib(name):
 
 def flops(name, method, frames, height, width):
     """Of one step on one clip, with checkpointing, in matrix products and in attention: multiplications and additions."""
-    heads, layers = (ARCHITECTURES[name][k] for k in ("num_attention_heads", "num_layers"))
-    width_, tokens = 64 * heads, 226 + ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+    base = cl.describe(NAMES[name])
+    width_, layers = base.width, base.transformer["num_layers"]
+    tokens = base.text_length + base.latent_frames(frames)[0] * (height // 16) * (width // 16)
     linear, attention = 2 * 12 * width_**2 * tokens * layers, 4 * tokens**2 * width_ * layers
     # Twice forward (once more for the checkpoints), gradients of the inputs, and with --full those of the weights too.
     # Backward through attention takes five products where forward takes two.
@@ -123,17 +112,10 @@ def rates(dtype):
     own, which can be several times slower."""
     import torch
 
-    def measured(work, flop):
-        n, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 1 or n < 2:
-            work()
-            n += 1
-        return n * flop / (time.perf_counter() - start)
-
-    a, b = torch.rand(2048, 2048).to(dtype), torch.rand(2048, 2048).to(dtype)
-    q = torch.randn(1, 4, 4096, 64).to(dtype)
+    cpu, q = torch.device("cpu"), torch.randn(1, 4, 4096, 64).to(dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return measured(lambda: a @ b, 2 * 2048**3), measured(lambda: attend(q, q, q), 4 * 4 * 4096**2 * 64)
+    in_attention = cl.measured_rate(lambda: attend(q, q, q), 4 * 4 * 4096**2 * 64, cpu, seconds=1)
+    return cl.matrix_rate(cpu, dtype, seconds=1), in_attention
 
 
 def row(name, method, folder, size, minutes, steps):

@@ -20,7 +20,8 @@ Published figures are GiB of `torch.cuda.max_memory_reserved`. What the recipes 
 On CUDA, autocast runs layer norms in fp32 and keeps fp32 copies of their inputs; autocast of a CPU does not, so it is added here.
 
 Rows of kind `peak` count into the errors; `bound` rows only must not be above what is published; of `card` rows the published
-number is a card's size; `parallel` rows share their states among processes or with the host, which is not rehearsed.
+number is a card's size; `parallel` rows, which share their states among processes or with the host, and rows with values that are
+not known here are listed as left out, with the reason.
 """
 
 import argparse
@@ -158,25 +159,81 @@ def foreign_loss(transformer, base, rotary, batch, frames, height, width, half):
     return (weights.view(-1, 1, 1, 1, 1) * (predicted - clean) ** 2).reshape(batch, -1).mean(dim=1).mean()
 
 
+COLUMNS = ("model method rank batch grad_checkpointing optimizer offload weights_dtype frames height width before_gib train_gib "
+           "kind").split()  # fmt: skip
+KNOWN = {
+    "model": [*NAMES],
+    "method": ["lora", "full"],
+    "grad_checkpointing": ["yes", "no"],
+    "optimizer": ["adamw", "adamw8bit"],
+    "offload": ["none", "cpu states and grads"],
+    "weights_dtype": ["bf16", "fp16", "fp32"],
+    "kind": ["peak", "bound", "card"],
+}
+
+
+def read_rows(file):
+    """Rows of a CSV, as dicts. Raises UserError."""
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            reader = csv.DictReader(opened, restval="")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise cl.UserError(f"--rows {file}: cannot be read ({error})")
+    absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if absent:
+        raise cl.UserError(f"--rows {file}: columns {', '.join(absent)} are missing; see tests/published_memory.csv")
+    return rows
+
+
+def is_number(text, least, kind=int):
+    try:
+        return least <= kind(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def left_out(row):
+    """Why a row is not predicted, or None."""
+    if row["kind"] == "parallel":
+        return "states shared among processes or with the host"
+    for name, known in KNOWN.items():
+        if row[name] not in known:
+            return f"{name} '{row[name]}' is not known here"
+    whole = ["batch", "frames", "height", "width"] + (["rank"] if row["method"] == "lora" else [])
+    for name in whole:
+        if not is_number(row[name], 1):
+            return f"{name} '{row[name]}' is no number above 0"
+    if not is_number(row["train_gib"], 1e-6, float):
+        return f"train_gib '{row['train_gib']}' is no number of GiB"
+    cell, frames = 16, int(row["frames"])
+    if int(row["height"]) % cell or int(row["width"]) % cell or frames % 8 != 1:
+        return f"{row['frames']}x{row['height']}x{row['width']}: sides must be multiples of {cell}, frames 8k + 1"
+    return None
+
+
 def compare(file):
     """Print a table of predicted beside published. Returns the errors of the rows of kind `peak`."""
-    print(
-        "| model | method | rank | batch | checkpointing | optimizer | before, published | predicted | peak, published | predicted | error |"
-    )
-    print("| --- | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | --- |")
+    rows = read_rows(file)
+    print("Not known here: workspaces of convolutions, fragmentation after the first step, and what a source does not say of its recipe\n")  # fmt: skip
+    print("| model, method | rank | batch | size | checkpointing | optimizer | before, published | predicted "
+          "| peak, published | predicted | error |")  # fmt: skip
+    print("| --- | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | --- |")
     errors = []
-    with open(file, newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
     for row in rows:
         optimizer = row["optimizer"] + ("" if row["offload"] == "none" else f", {row['offload']}")
-        cells = [row["model"], row["method"], row["rank"], row["batch"], row["grad_checkpointing"], optimizer]
-        if row["kind"] == "parallel":
-            print(
-                f"| {' | '.join(cells)} | {row['before_gib']} | | {row['train_gib']} | | several ranks or host: not predicted |"
-            )
-            continue
-        if "deepspeed" in row["offload"]:
-            print(f"| {' | '.join(cells)} | | | {row['train_gib']} | | a card's size; DeepSpeed: not predicted |")
+        size = "x".join(row[k] for k in ("frames", "height", "width"))
+        cells = [
+            f"{row['model']} {row['method']}",
+            row["rank"],
+            row["batch"],
+            size,
+            row["grad_checkpointing"],
+            optimizer,
+        ]
+        reason = left_out(row)
+        if reason:
+            print(f"| {' | '.join(cells)} | {row['before_gib']} | | {row['train_gib']} | | left out: {reason} |")
             continue
         before, peak = foreign_run(row)
         published = float(row["train_gib"])
@@ -195,71 +252,180 @@ def compare(file):
     return errors
 
 
-def needs_of_batches(planned, **changes):
-    """(phase -> GiB for one clip, GiB that each further clip of a batch adds to training, FLOP of a step on one)."""
-    one, two = (cl.resolve_plan(planned.asked, batch_size=batch, **changes) for batch in (1, 2))
-    (peak, sampling, _, flops), (peak_of_two, *_) = (
-        cl.from_few_blocks(*one, sampling=bool(changes.get("frames"))),
-        cl.from_few_blocks(*two),
-    )
-    parts, needs = planned.phases["training"], planned.needs_gib
-    share = 1 + parts["allocator"] / sum(parts[kind] for kind in cl.KINDS)  # the allocator's, as in `cl.estimate`
-    needs["training"] = peak * share + cl.CONTEXT_GIB
-    if "frames" in changes:
-        needs["caching"] = sum(cl.rehearse_caching(*one).split("caching").values())
-        needs["sampling"] = sampling
-    return needs, (peak_of_two - peak) * share, flops
+def at_batch(two, three, batch):
+    """Ledger of a step on a batch, from those on two and on three clips: the same pieces come and go in the same order, and each
+    grows by the same bytes with each clip. (On one clip a copy or two fewer are made, so that 1 is counted a little high.)"""
+    if [(m.kind, taken) for m, taken in two.events] != [(m.kind, taken) for m, taken in three.events]:
+        raise AssertionError("a step on two clips and one on three differ in more than sizes")
+    ledger, pieces = cl.Ledger(two.card), {}
+    ledger.begun, ledger.flops = two.begun, two.flops + (batch - 2) * (three.flops - two.flops)
+    for (small, taken), (large, _) in zip(two.events, three.events):
+        if taken:
+            pieces[small] = cl.Memory(small.bytes + (batch - 2) * (large.bytes - small.bytes), small.kind)
+        ledger.events.append((pieces[small], taken))
+    return ledger
 
 
-def largest(needs, per_clip, vram):
-    """Largest batch that fits, 0 if none does."""
-    if max(needs.values()) > vram:
-        return 0
-    return 1 + int((vram - needs["training"]) / per_clip)
+def largest(need, vram):
+    """Largest batch of which the need fits, 0 if none does."""
+    batch, step = 0, 64
+    while step:
+        if need(batch + step) <= vram:
+            batch += step
+        else:
+            step //= 2
+    return batch
+
+
+def asked(model, size, **options):
+    return cl.Config(model=NAMES[model], **dict(zip(("frames", "height", "width"), size)), **options)
+
+
+@functools.cache
+def beside_training(model, size):
+    """(GiB for caching, GiB for sampling without weights and optimizer): the same for all methods."""
+    config, base = cl.resolve_plan(asked(model, size, method="lora"))
+    _, sampling, stays, _ = cl.from_few_blocks(config, base, sampling=True)
+    return sum(cl.rehearse_caching(config, base).split("caching").values()), sampling - sum(stays.values())
+
+
+class Capacity:
+    """What a model and method need at a size, by batch, the largest of the three phases, in GiB."""
+
+    def __init__(self, model, size, options):
+        self.model, self.size, self.options = model, size, options
+        self.training = functools.cache(self.training)
+
+    def __call__(self, batch):
+        caching, sampling = beside_training(self.model, self.size)
+        return max(caching, sampling + self.stays, self.training(batch))
+
+
+class Rehearsed(Capacity):
+    """From two rehearsals of the whole model."""
+
+    def __init__(self, model, size, options, progress):
+        super().__init__(model, size, options)
+        self.ledgers = []
+        for batch in (2, 3):
+            self.ledgers.append(
+                cl.rehearse(*cl.resolve_plan(asked(model, size, batch_size=batch, **options)), sampling=False)
+            )
+            progress.update()
+        parts = self.ledgers[0].split("training")
+        self.stays = sum(parts[kind] for kind in ("weights", "adapters", "optimizer"))
+        self.allocator = parts["allocator"] / sum(parts[kind] for kind in cl.KINDS)
+        self.flops = at_batch(*self.ledgers, 1).flops
+
+    def training(self, batch):
+        return sum(at_batch(*self.ledgers, batch).split("training").values())
+
+
+class Estimated(Capacity):
+    """From rehearsals with two and three of the model's blocks, on one and on two clips; the allocator's share is given."""
+
+    def __init__(self, model, size, options, allocator):
+        super().__init__(model, size, options)
+        one, two = (
+            cl.from_few_blocks(*cl.resolve_plan(asked(model, size, batch_size=batch, **options))) for batch in (1, 2)
+        )
+        (self.of_one, _, stays, self.flops), (self.of_two, *_) = one, two
+        self.stays, self.allocator = sum(stays.values()), allocator
+
+    def training(self, batch):
+        tensors = self.of_one + (batch - 1) * (self.of_two - self.of_one)
+        return tensors * (1 + self.allocator) + cl.CONTEXT_GIB
+
+
+def cell_of(need, vram, mark=""):
+    """What fits, as a cell of the table, or None."""
+    batch = largest(need, vram)
+    return f"{mark}{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}" if batch else None
+
+
+def row_of_capacity(model, options, native):
+    """A cell for each card: the native size, or else the largest of the ladder that fits."""
+    ladder, smaller = LADDER.get(model, LADDER["2b"]), {}
+
+    def estimated(size):
+        if size not in smaller:
+            smaller[size] = Estimated(model, size, options, native.allocator)
+        return smaller[size]
+
+    cells = []
+    for vram in CAPACITY:
+        cell = cell_of(native, vram)
+        if not cell and estimated(ladder[-1])(1) > vram:
+            cell = f"none: ~{estimated(ladder[-1])(1):.1f} for {'x'.join(map(str, ladder[-1]))}"
+        for size in ladder[1:]:
+            cell = cell or cell_of(estimated(size), vram, "~")
+        cells.append(cell)
+    return cells
 
 
 def capacity(models):
-    """Print what fits on cards of several sizes, and what gradient checkpointing saves and costs."""
+    """Print what fits on cards of several sizes, what batches 6 and 8 need, and what gradient checkpointing saves and costs."""
+    from tqdm import tqdm
+
+    print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. The native size: from two "
+          "rehearsals of the whole\nmodel, in which each piece of memory grows by the same bytes with each clip. ~: told from "
+          "two and three blocks, and the allocator's share\nat the native size.\n")  # fmt: skip
     print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
-    print("| --- |" + " --- |" * len(CAPACITY))
-    trade = []
-    for model in models:
-        for name, options in METHODS.items():
-            ladder = LADDER.get(model, LADDER["2b"])
-            native = dict(zip(("frames", "height", "width"), ladder[0]))
-            planned = cl.plan(cl.Config(model=NAMES[model], batch_size=1, **options, **native))
-            cells, found = {}, []
-            for size in ladder:
-                found.append(needs_of_batches(planned, **({} if not found else dict(zip(native, size)))))
-                for vram in CAPACITY:
-                    batch = largest(*found[-1][:2], vram)
-                    if batch and vram not in cells:
-                        cells[vram] = "x".join(map(str, size)) + (f", batch {batch}" if batch > 1 else "")
-                if len(cells) == len(CAPACITY):
-                    break
-            least = f"none; {max(found[-1][0].values()):.1f} at least"
-            print(f"| {model} {name} | " + " | ".join(cells.get(vram, least) for vram in CAPACITY) + " |", flush=True)
-            trade.append((f"{model} {name}", found[0], needs_of_batches(planned, gradient_checkpointing=False)))
-    print(
-        "\nGradient checkpointing at the native size: GiB to train on one clip, work of a step, largest batch in 80 GB\n"
-    )
-    print("| model, method | GiB with | GiB without | FLOP with / without | batch with | batch without |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, with_, without in trade:
-        print(f"| {name} | {with_[0]['training']:.1f} | {without[0]['training']:.1f} | {with_[2] / without[2]:.2f} "
-              f"| {largest(*with_[:2], 80)} | {largest(*without[:2], 80)} |")  # fmt: skip
+    print("| --- |" + " --- |" * len(CAPACITY), flush=True)
+    trade, claim = [], []
+    claimed = [(model, method) for model in ("2b", "5b") if model in models for method in ("lora", "full")]
+    with tqdm(total=2 * len(METHODS) * len(models) + len(claimed), unit="rehearsal", smoothing=0) as progress:
+        for model in models:
+            for name, options in METHODS.items():
+                progress.set_description(f"{model} {name}")
+                size = LADDER.get(model, LADDER["2b"])[0]
+                need = Rehearsed(model, size, options, progress)
+                cells = row_of_capacity(model, options, need)
+                tqdm.write(f"| {model} {name} | {' | '.join(cells)} |", file=sys.stdout)
+                sys.stdout.flush()
+                without = Estimated(model, size, {**options, "gradient_checkpointing": False}, need.allocator)
+                trade.append((f"{model} {name}", need, without))
+                if (model, name) in claimed:
+                    config = cl.resolve_plan(asked(model, size, batch_size=8, **options))
+                    of_8 = sum(cl.rehearse(*config, sampling=False).split("training").values())
+                    progress.update()
+                    claim.append((f"{model} {name}", need, of_8))
+    if claim:
+        print('\n"Batch 6-8 on 80 GB", 49x480x720, predicted GiB of training; batch 8 rehearsed once more, itself\n')
+        print("| model, method | batch 6 | batch 8 | rehearsed | largest batch | the claim |")
+        print("| --- | ---: | ---: | ---: | ---: | --- |")
+    for name, need, of_8 in claim:
+        most = largest(need, 80)
+        verdict = "holds" if most >= 8 else f"holds up to {most}" if most >= 6 else "does not hold"
+        print(f"| {name} | {need.training(6):.1f} | {need.training(8):.1f} | {of_8:.1f} | {most} | {verdict} |")
+    print("\nGradient checkpointing at the native size, predicted: GiB of training on one clip, work of a step, largest batch in "
+          "80 GB. ~ as above\n")  # fmt: skip
+    print("| model, method | GiB with | without | FLOP a step with | without | more work | batch with | without |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, need, without in trade:
+        print(f"| {name} | {need.training(1):.1f} | ~{without.training(1):.1f} | {need.flops:.3g} | {without.flops:.3g} "
+              f"| {100 * (need.flops / without.flops - 1):+.0f} % | {largest(need, 80)} | ~{largest(without, 80)} |")  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=ROOT / "tests/published_memory.csv", help="CSV of the columns of that file")
-    parser.add_argument("--capacity", nargs="*", metavar="MODEL", help=f"tables of what fits: {', '.join(NAMES)} [all]")
+    parser.add_argument(
+        "--capacity",
+        nargs="*",
+        choices=list(NAMES),
+        metavar="MODEL",
+        help=f"tables of what fits: {', '.join(NAMES)} [all]",
+    )
     args = parser.parse_args()
     cl.quiet_libraries()
     if args.capacity is not None:
-        capacity(args.capacity or NAMES)
+        capacity(args.capacity or list(NAMES))
         return
-    errors = compare(args.rows)
+    try:
+        errors = compare(args.rows)
+    except cl.UserError as error:
+        sys.exit(f"bench_plan: {error}")
     print(json.dumps({
         "median_error": statistics.median(errors) if errors else None,
         "worst_error": max(errors, default=None),

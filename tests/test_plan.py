@@ -314,6 +314,30 @@ def test_what_fits_is_found_by_turning_knobs_and_planned_in_full(midsize, monkey
     assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
 
 
+def test_what_proves_needless_in_the_end_is_not_given_up(monkeypatch):
+    """Shorter clips lower the peak a little, smaller ones are enough by themselves."""
+
+    def gib(given):
+        return 30 - 2 * (given("frames") is not None) - 20 * (given("height") is not None)
+
+    def planned_in_full(config):
+        return cl.Plan(config, config, {"caching": {"working space": gib(lambda name: getattr(config, name))}}, 0)
+
+    monkeypatch.setattr(cl, "estimate", lambda planned, **changes: {"caching": gib(changes.get)})
+    monkeypatch.setattr(cl, "plan", planned_in_full)
+    changes, found = cl.fitting(planned_in_full(cl.Config(method="lora", model=LARGE["5b"])), 24)
+    assert set(changes) == {"height", "width"} and found.peak_gib == 10
+    changes, _ = cl.fitting(planned_in_full(cl.Config(method="lora", model=LARGE["5b"])), 9)
+    assert set(changes) == {"frames", "height", "width"}
+
+
+def test_a_folder_is_planned_before_its_weights_are_there(tmp_path):
+    for file in NANO.rglob("*.json"):
+        (tmp_path / file.relative_to(NANO)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file.relative_to(NANO)).write_text(file.read_text())
+    assert cl.plan(cl.Config(model=str(tmp_path))).phases == cl.plan(cl.Config(model=str(NANO))).phases
+
+
 def test_another_method_leaves_out_what_only_full_has():
     asked = cl.Config(method="full", model=LARGE["2b"], trained_dtype="float32", fused_backward=False)
     config, _ = cl.resolve_plan(asked, trained_dtype="bfloat16", method="qlora")
@@ -334,7 +358,11 @@ BAD = {
     "no memory": (["--plan", "--lora", "--vram", "-1"], "--vram -1: must be a number of GiB above 0"),
     "an unknown card": (["--plan", "--lora", "--card", "abacus"], "must be one of T4, L4"),
     "an unknown model": (["--plan", "--lora", "--model", "nowhere/at/all"], "no such folder"),
-    "a folder without weights": (["--plan", "--lora", "--model", "EMPTY"], "a plan needs"),
+    "a folder without a text encoder": (["--plan", "--lora", "--model", "EMPTY"], "a plan needs"),
+    "positions beyond the table": (
+        ["--plan", "--lora", "--model", LARGE["1.5"], "--height", "4816"],
+        "must be at most 2400",
+    ),
     "frames that are not 8k + 1": (["--plan", "--lora", "--model", LARGE["5b"], "--frames", "48"], "must be 8k + 1"),
 }
 
@@ -366,6 +394,50 @@ def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeyp
     for words in ("saved activations", "fits in 24 GiB", "time, estimated", "what would change the peak"):
         assert words in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_step_on_any_batch_follows_from_those_on_two_and_three(rehearsed, method):
+    from bench_plan import at_batch
+
+    ledgers = {batch: rehearsed("2b", 2, method=method, batch_size=batch) for batch in (2, 3, 7)}
+    found = at_batch(ledgers[2], ledgers[3], 7)
+    assert found.events and found.flops == ledgers[7].flops
+    assert found.split("training") == ledgers[7].split("training")
+
+
+@pytest.mark.parametrize("most", [0, 1, 6, 64, 200])
+def test_the_largest_batch_is_found(most):
+    from bench_plan import largest
+
+    assert largest(lambda batch: batch / 2, most / 2) == most
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model", "3b"), ("method", "qlora"), ("rank", ""), ("batch", "0"), ("optimizer", "came"), ("offload", "disk"),
+    ("weights_dtype", "int8"), ("grad_checkpointing", ""), ("train_gib", "OOM"), ("train_gib", "nan"), ("frames", "48"),
+    ("height", "481"), ("kind", "rumour"),
+])  # fmt: skip
+def test_rows_with_values_that_are_not_known_are_left_out_by_name(field, value):
+    from bench_plan import left_out
+
+    with open(ROOT / "tests/published_memory.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert left_out(row) is None
+    told = left_out({**row, field: value})
+    assert told and value in told
+
+
+@pytest.mark.parametrize("text, words", [(None, "cannot be read"), ("model,rank\n2b,16\n", "columns method")])
+def test_a_file_of_rows_that_cannot_be_used_is_refused_in_one_line(text, words, tmp_path, monkeypatch):
+    import bench_plan
+
+    if text:
+        (tmp_path / "rows.csv").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["bench_plan.py", "--rows", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match=words) as ended:
+        bench_plan.main()
+    assert len(str(ended.value).splitlines()) == 1
 
 
 def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_path, monkeypatch, capsys):
