@@ -146,6 +146,17 @@ def player(clips, labels, caption, fps=8, per_row=4, px=128):
     show(animation(clips, labels, fps, per_row, px), caption)
 
 
+def step_axis(ax, ticks):
+    """Steps on a logarithmic axis, in front of which there is room for step 0 if it is among the ticks."""
+    if 0 in ticks:
+        ax.set_xscale("symlog", linthresh=min(filter(None, ticks)))
+    else:
+        ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("step")
+
+
 # ---------------------------------------------------------------------------------------------------------- long work
 
 
