@@ -647,9 +647,10 @@ def alarm(work):
     of its own; writes results/study_alarm.csv, a row a look."""
     from accelerate import Accelerator
 
-    table("alarm").unlink(missing_ok=True)
+    done = {(row["arm"], row["seed"]) for row in read_table(table("alarm"))}
     arms = [arm for arm in study_arms().values() if 3 in arm.questions]
-    for arm, seed in tqdm([(arm, seed) for arm in arms for seed in ALARM_SEEDS], desc="alarm", unit="run"):
+    todo = [(arm, seed) for arm in arms for seed in ALARM_SEEDS if (arm.name, seed) not in done]
+    for arm, seed in tqdm(todo, desc="alarm", unit="run"):
         fields = dict(
             arm.fields,
             data="data_samples/spider",
@@ -821,6 +822,9 @@ def agreement():
         print(
             f"  prompts {where:8} {rho:6.2f}   score {min(score):.1f} to {max(score):.1f}, pose IoU {min(truth):.2f} to {max(truth):.2f}"
         )
+    number = {"concept": 4, "away": 8}  # of prompts
+    both = [[sum(number[w] * c[f"{name}_{w}"] for w in number) for c in made] for name in ("score", "pose_iou")]
+    print(f"  all prompts      {spearmanr(*both).statistic:6.2f}")
     clips = read_table(table("clips"))
     rho = spearmanr([r["score"] for r in clips], [r["pose_iou"] for r in clips]).statistic
     print(f"  single clips     {rho:6.2f}   ({len(clips)} of them)")
