@@ -163,7 +163,8 @@ RECIPES = {
     ("large", "qlora"): LARGE_LORA,
     ("large", "full"): dict(
         LARGE, lr=1e-5, optimizer="adafactor",
-        source="1e-5 of CogVideo#116, a tenth of the best for a tenth of the width (arXiv 2203.03466); factored states, since a 5B model's do not fit 24 GB otherwise",
+        source="1e-5 of CogVideo#116, and a tenth of the nano's, which is a tenth as wide (arXiv 2203.03466); factored states, "
+        "since a 5B model's do not fit 24 GB otherwise",
     ),
 }  # fmt: skip
 
@@ -1905,10 +1906,8 @@ def judged_summary(folder, references):
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
 HELDOUT_CLIPS = 32  # at most, so that the measurement stays cheap
-WATCHED_CLIPS, WATCHED_FROM = (
-    4,
-    50,
-)  # held-out clips that are looked at from this step on; sound runs too may stumble before
+WATCHED_CLIPS = 4  # of the held-out ones
+WATCHED_FROM = 50  # steps: before, sound runs too may stumble
 
 
 def is_watched(step):
@@ -2091,11 +2090,7 @@ def train(config, callbacks=()):
     config.compute_dtype = str(dtype).removeprefix("torch.")
     why.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
     main = accelerator.is_main_process
-    if accelerator.distributed_type.name in (
-        "DEEPSPEED",
-        "FSDP",
-        "MEGATRON_LM",
-    ):  # they cut up the tensors that `Updates` steps
+    if accelerator.distributed_type.name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # no whole tensors for `Updates`
         raise UserError(
             f"accelerate launch: {accelerator.distributed_type.value} spreads weights over processes, and each must hold them whole "
             "here; launch with --multi_gpu in its place"
@@ -2149,7 +2144,7 @@ def train(config, callbacks=()):
             try:
                 metrics = trainer.step(step)
             except RunError as error:
-                raise RunError(f"{error}; earlier checkpoints are in {folder}")
+                raise RunError(f"{error}; {left_behind(folder)}")
             step += 1
             if step == 1:
                 metrics |= began
@@ -2175,7 +2170,7 @@ def train(config, callbacks=()):
                     f"{began['watched_before']:.4f} before training, as in runs that distort; lower --lr (now {config.lr:g})"
                 )
                 if config.stop_on_distortion:
-                    raise RunError(f"{alarm}; earlier checkpoints are in {folder}")
+                    raise RunError(f"{alarm}; {left_behind(folder)}")
                 bar.write(f"warning: {alarm}; --stop-on-distortion would end the run here")
     except KeyboardInterrupt:
         if main and step > first and not trainer.updates.under_way:
@@ -2228,6 +2223,10 @@ def refuse_pipeline(folder):
     """A run and a merged model write their own transformer/; another's must not go for it. Raises UserError."""
     if (folder / "model_index.json").exists():
         raise UserError(f"--out '{folder}': a pipeline folder, whose transformer would be written over; give another")
+
+
+def left_behind(folder):
+    return f"earlier checkpoints are in {folder}" if checkpoints(folder) else f"no checkpoint yet in {folder}"
 
 
 def run_folder(config):

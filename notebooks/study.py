@@ -4,7 +4,7 @@
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
     python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
-    python notebooks/study.py pictures      small contact sheets of what the lessons show
+    python notebooks/study.py pictures      small contact sheets of the arms that differ in rate and steps, for the lessons
     python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
     python notebooks/study.py answers       the claims under each question: paired differences, intervals, confirmed or refuted
     python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -424,6 +425,12 @@ def subset_of_one_direction(work, number=50):
     return folder
 
 
+def study_prompts():
+    """(set, prompt) of each clip that a model is judged by."""
+    sets = json.loads((cl.HERE / "data_samples/prompts.json").read_text())
+    return [(where, prompt) for where, prompts in sets.items() for prompt in prompts]
+
+
 class Bench:
     """One arm with one seed: trains it, samples it, judges it."""
 
@@ -431,8 +438,7 @@ class Bench:
         from accelerate import Accelerator
 
         self.arm, self.seed = arm, seed
-        sets = json.loads((cl.HERE / "data_samples/prompts.json").read_text())
-        self.prompts = [(where, prompt) for where, prompts in sets.items() for prompt in prompts]
+        self.prompts = study_prompts()
         data = subset_of_one_direction(work) if arm.similar else "data_samples/spider"
         fields = dict(
             arm.fields, data=str(data), heldout="data_samples/spider-heldout", seed=seed, steps=arm.at[-1], cache=str(work / "cache"),
@@ -644,63 +650,39 @@ ALARM_SEEDS, ALARM_LOOKS = (11, 12, 13, 14), (10, 15, 20, 25, 30, 40, 50)
 
 def alarm(work):
     """The loss on a few held-out clips in the first steps, over that of the untrained base, at all rates of question 3 and with seeds
-    of its own; writes results/study_alarm.csv, a row a look."""
-    from accelerate import Accelerator
-
+    of its own; adds to results/study_alarm.csv what is not in it yet, a row a look."""
     done = {(row["arm"], row["seed"]) for row in read_table(table("alarm"))}
-    arms = [arm for arm in study_arms().values() if 3 in arm.questions]
+    arms = [dataclasses.replace(arm, at=ALARM_LOOKS) for arm in study_arms().values() if 3 in arm.questions]
     todo = [(arm, seed) for arm in arms for seed in ALARM_SEEDS if (arm.name, seed) not in done]
     for arm, seed in tqdm(todo, desc="alarm", unit="run"):
-        fields = dict(
-            arm.fields,
-            data="data_samples/spider",
-            heldout="data_samples/spider-heldout",
-            seed=seed,
-            steps=ALARM_LOOKS[-1],
-        )
-        config, base, _ = cl.resolve(
-            cl.Config(**fields, cache=str(work / "cache"), validation_prompts=["a spider"], compute_dtype="float32")
-        )
-        trainer = cl.Trainer(config, base, cl.cache_clips(config), Accelerator(mixed_precision="no", cpu=True))
-        few, rows = trainer.cache.heldout[: cl.WATCHED_CLIPS], []
+        trainer, rows = Bench(arm, seed, work).trainer, []
+        few = trainer.cache.heldout[: cl.WATCHED_CLIPS]
         before = trainer.heldout_loss(few)
-        for step in range(config.steps):
+        for step in range(arm.at[-1]):
             metrics = trainer.step(step)
-            if step + 1 in ALARM_LOOKS:
-                ratio = trainer.heldout_loss(few) / before
-                rows.append(
-                    {
-                        "arm": arm.name,
-                        "seed": seed,
-                        "step": step + 1,
-                        "ratio": ratio,
-                        "update_ratio": metrics["update_ratio"],
-                    }
-                )
+            if step + 1 in arm.at:
+                found = {"ratio": trainer.heldout_loss(few) / before, "update_ratio": metrics["update_ratio"]}
+                rows.append({"arm": arm.name, "seed": seed, "step": step + 1, **found})
         append_rows(table("alarm"), rows)
     alarms()
 
 
 def alarms():
-    """Print, for each look, the highest ratio of an arm that is sound after 500 steps and the lowest of one that is not."""
-    found = read_table(table("alarm"))
-    ruined = {
-        c["arm"] for c in checkpoints() if c["step"] == 500 and c.get("loss_concept", 0) > base_of("loss_concept")
-    }
-    print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(ruined))}")
+    """Print, for each look, the highest ratio of arms that are below the base's held-out loss after 500 steps, in the seeds of the
+    study, and the lowest of those above it."""
+    made, found = checkpoints(), read_table(table("alarm"))
+    untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
+    worse = {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained}
+    print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(worse))}")
     for step in ALARM_LOOKS:
         of = {
-            kind: [r["ratio"] for r in found if r["step"] == step and (r["arm"] in ruined) == kind]
+            kind: [r["ratio"] for r in found if r["step"] == step and (r["arm"] in worse) == kind]
             for kind in (False, True)
         }
         print(
-            f"step {step:3}: of {len(of[False])} sound runs {sum(r > 1 for r in of[False])} above the base, highest {max(of[False]):.2f}; of "
-            f"{len(of[True])} others {sum(r > 1 for r in of[True])}, lowest {min(of[True]):.2f}"
+            f"step {step:3}: of {len(of[True])} runs of these arms {sum(r > 1 for r in of[True])} above the base, lowest {min(of[True]):.2f}; of "
+            f"{len(of[False])} others {sum(r > 1 for r in of[False])}, highest {max(of[False]):.2f}"
         )
-
-
-def base_of(measure):
-    return next(c[measure] for c in checkpoints() if c["arm"] == "base")
 
 
 def on_sheet(file, rows):
@@ -714,12 +696,14 @@ def on_sheet(file, rows):
     return list(cells[..., height - size - 2 : height - 2, :size])  # below the label, left of the gap
 
 
+PARTS = ("creature", "colour", "direction", "ground")  # of a caption
+
+
 def captions(work):
     """Read from the contact sheets that `run` left in `work` which parts of its caption each clip away from the concept shows, and
     add that to results/study_captions.csv. It tells forgetting, which no outline shows: a spider may be sound where a fish was
     asked for."""
-    asked = json.loads((cl.HERE / "data_samples/prompts.json").read_text())
-    prompts = [(where, prompt) for where, those in asked.items() for prompt in those]
+    prompts = study_prompts()
     known = {world.caption(*row): row for those in world.combinations() for row in those}
     done = {checkpoint(row) for row in read_table(table("captions"))}
     todo = [row for row in read_table(table("runs")) if checkpoint(row) not in done and sheet_of(work, row).exists()]
@@ -735,9 +719,6 @@ def captions(work):
                 for (prompt, _), reading in zip(away, readings)
             ],
         )
-
-
-PARTS = ("creature", "colour", "direction", "ground")  # of a caption
 
 
 def checkpoint(row):
@@ -788,7 +769,7 @@ def series(made, arm, measure, along="step"):
     )  # fmt: skip
 
 
-PICTURED = ("base", "full 2e-3", "lora 2e-3", "lora 2e-3 as on record", "full 2e-3 back", "lora 2e-3 back")
+PICTURED = ("base", "lora 2e-3 as on record", "full 2e-3 back", "lora 2e-3 back")  # and all of question 3
 
 
 def picture_of(row):
@@ -797,7 +778,7 @@ def picture_of(row):
 
 
 def pictures(work):
-    """Copy the contact sheets of seed 1 that the lessons show, as small WebP files, to results/sheets."""
+    """Copy the contact sheets of these arms with seed 1, as small WebP files, to results/sheets."""
     from PIL import Image
 
     arms, wanted = study_arms(), 0
@@ -822,7 +803,7 @@ def agreement():
         print(
             f"  prompts {where:8} {rho:6.2f}   score {min(score):.1f} to {max(score):.1f}, pose IoU {min(truth):.2f} to {max(truth):.2f}"
         )
-    number = {"concept": 4, "away": 8}  # of prompts
+    number = Counter(where for where, _ in study_prompts())
     both = [[sum(number[w] * c[f"{name}_{w}"] for w in number) for c in made] for name in ("score", "pose_iou")]
     print(f"  all prompts      {spearmanr(*both).statistic:6.2f}")
     clips = read_table(table("clips"))
@@ -852,7 +833,7 @@ def claims():
         Claim(1, "full fine-tuning at 2e-3 distorts clips away from the concept more than LoRA does", "score_away", end, at("lora 2e-3")),
         Claim(1, "and those of the concept", "score_concept", end, at("lora 2e-3")),
         Claim(1, "its outlines fit real poses less", "pose_iou_away", at("lora 2e-3"), end),
-        Claim(1, "LoRA at 2e-3 too, against the base", "score_away", at("lora 2e-3"), base),
+        Claim(1, "LoRA at 2e-3 distorts them more than the base does", "score_away", at("lora 2e-3"), base),
         Claim(2, "full fine-tuning at 2e-3 distorts more after 4,000 steps than after 500", "score_away", at("full 2e-3", 4000), end),
         Claim(2, "at 1e-4 it does", "score_away", at("full 1e-4", 4000), at("full 1e-4")),
         Claim(2, "LoRA at 2e-3 does", "score_away", at("lora 2e-3", 4000), at("lora 2e-3")),
