@@ -7,6 +7,7 @@
     python notebooks/study.py pictures      small contact sheets of the arms that differ in rate and steps, for the lessons
     python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
     python notebooks/study.py answers       the claims under each question: paired differences, intervals, confirmed or refuted
+    python notebooks/study.py figures       a figure for each question, in results/figures
     python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
 
 `run` can be stopped at any time; the same command goes on.
@@ -820,6 +821,7 @@ class Claim:
     measure: str
     above: tuple
     below: tuple
+    afterwards: bool = False  # put after a look at the seeds that it is answered with
 
 
 def claims():
@@ -847,22 +849,35 @@ def claims():
         Claim(4, "full fine-tuning at 1e-4 keeps more of the colours it is asked for", "colour", at("full 1e-4"), at("lora 2e-3")),
         Claim(4, "and loses less of what the base knew", "loss_away", at("lora 2e-3"), at("full 1e-4")),
         Claim(4, "alpha = 1 at rank 32 distorts less than alpha = 32 at the same rate", "score_away", at("lora 6e-3"), at("lora 6e-3 alpha 1")),
+        Claim(4, "alpha = 1 learns less at the same rate", "concept_concept", at("lora 2e-3"), at("lora 2e-3 alpha 1"), True),
         Claim(4, "adapters on all matrices distort more than on the attention's", "score_away", at("lora 2e-3 all matrices"), at("lora 2e-3")),
+        Claim(4, "and learn more of the concept", "concept_concept", at("lora 2e-3 all matrices"), at("lora 2e-3"), True),
         Claim(5, "with 200 clips full fine-tuning at 2e-3 distorts less than with 50", "score_away", end, at("full 2e-3 200 clips")),
         Claim(5, "with 200 clips LoRA forgets fewer colours than with 50", "colour", at("lora 2e-3 200 clips"), at("lora 2e-3")),
+        Claim(5, "with 200 clips full fine-tuning at 1e-4 learns more of the concept", "concept_concept", at("full 1e-4 200 clips"), at("full 1e-4"), True),
+        Claim(5, "50 clips of one direction teach LoRA less of the concept", "concept_concept", at("lora 2e-3"), at("lora 2e-3 similar clips"), True),
         Claim(6, "without clipping full fine-tuning at 2e-3 distorts more", "score_away", at("full 2e-3 no clipping"), end),
         Claim(6, "batches of 4 make it distort less", "score_away", end, at("full 2e-3 batch 4")),
+        Claim(6, "and learn more of the concept", "concept_concept", at("full 2e-3 batch 4"), end, True),
+        Claim(6, "without clipping its held-out loss is higher", "loss_concept", at("full 2e-3 no clipping"), end, True),
+        Claim(6, "adafactor distorts more than AdamW at 2e-3", "score_away", at("full 2e-3 adafactor"), end, True),
+        Claim(6, "weight decay of 1e-2 distorts less than 1e-4 at 2e-3", "score_away", end, at("full 2e-3 weight decay 1e-2"), True),
         Claim(7, "rounded to nearest in bf16, full fine-tuning at 2e-5 learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16-nearest")),
         Claim(7, "rounded stochastically, it learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16")),
         Claim(7, "at 1e-4, to nearest, it learns less", "concept_concept", at("full 1e-4"), at("full 1e-4 bfloat16-nearest")),
         Claim(8, "rank 128 learns more than rank 32, both with alpha = rank", "concept_concept", at("lora 2e-3 rank 128 alpha 128"), at("lora 2e-3")),
+        Claim(8, "rank 4 learns less than rank 32, both with alpha = rank", "concept_concept", at("lora 2e-3"), at("lora 2e-3 rank 4 alpha 4"), True),
+        Claim(8, "alpha at half the rank distorts less, at rank 128", "score_away", at("lora 2e-3 rank 128 alpha 128"), at("lora 2e-3 rank 128 alpha 64"), True),
         Claim(8, "an NF4 base costs some of the concept", "concept_concept", at("lora 2e-3"), at("qlora 2e-3")),
         Claim(9, "half way back, a run ruined at 2e-3 is less distorted", "score_away", at("full 2e-3 back"), at("full 2e-3 back", 500, 0.5)),
         Claim(9, "and shows more of the concept", "concept_concept", at("full 2e-3 back", 500, 0.5), at("full 2e-3 back")),
         Claim(9, "three quarters of LoRA's way distort less than all of it", "score_away", at("lora 2e-3 back"), at("lora 2e-3 back", 500, 0.75)),
+        Claim(9, "and keep more of the colours", "colour", at("lora 2e-3 back", 500, 0.75), at("lora 2e-3 back"), True),
+        Claim(9, "but show less of the concept", "concept_concept", at("lora 2e-3 back"), at("lora 2e-3 back", 500, 0.75), True),
         Claim(9, "an average of the weights (0.99) lowers the held-out loss at 6e-4", "loss_concept", at("full 6e-4"), at("full 6e-4 ema 0.99")),
         Claim(9, "L2 towards the base (10) loses less of what it knew", "loss_away", at("full 6e-4"), at("full 6e-4 l2 to base 10")),
         Claim(9, "clips of other things lose less of what it knew", "loss_away", at("full 6e-4"), at("full 6e-4 prior")),
+        Claim(9, "but cost some of the concept", "concept_concept", at("full 6e-4"), at("full 6e-4 prior"), True),
         Claim(9, "without caption dropout it distorts more", "score_away", at("full 6e-4 no caption dropout"), at("full 6e-4")),
     ]  # fmt: skip
 
@@ -889,7 +904,7 @@ def answer(claim, made):
 
 
 def answers(questions):
-    """Print a Markdown table of the claims under each question."""
+    """Print a Markdown table of the claims under each question; a star: put after a look at these seeds."""
     made = checkpoints()
     print("| question | claim | measure | mean difference | of each seed | |\n| --- | --- | --- | ---: | ---: | --- |")
     for claim in claims():
@@ -898,7 +913,9 @@ def answers(questions):
         found, half, verdict = answer(claim, made)
         shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.1g}"
         each = ", ".join(f"{x:+.2g}" for x in found)
-        print(f"| {claim.question} | {claim.words} | {SHOWN[claim.measure]} | {shown} | {each} | {verdict} |")
+        print(
+            f"| {claim.question} | {claim.words} | {SHOWN[claim.measure]} | {shown} | {each} | {verdict}{'*' * claim.afterwards} |"
+        )
 
 
 SHOWN = {
@@ -926,10 +943,212 @@ def results(questions, only):
         print(f"| {at[0]} | {at[1]:g} | {at[2]:g} | {len(mine)} | " + " | ".join(cells) + " |")
 
 
+# ------------------------------------------------------------------------------------------------------------- the figures
+
+# Models that the arms of a question are compared with, beside the base; the steps at which arms are shown; what is shown of them.
+BESIDE = {6: ("full 6e-4", "full 2e-3"), 7: ("full 2e-5", "full 1e-4"), 8: ("lora 2e-3",), 9: ("full 6e-4",)}
+STEPS_SHOWN = {1: (500,), 5: (500, 1000, 2000)}  # else 500
+PANELS = {
+    1: ("score_away", "score_concept", "pose_iou_away"), 5: ("score_away", "concept_concept", "colour", "similarity_away"),
+    6: ("score_away", "concept_concept", "loss_concept"), 7: ("concept_concept", "loss_concept", "score_away"),
+    8: ("concept_concept", "score_away", "colour"), 9: ("score_away", "concept_concept", "colour", "loss_away"),
+}  # fmt: skip
+METHODS = {"full": "tab:red", "lora": "tab:blue", "qlora": "tab:green", "base": "0.4"}  # colours
+
+
+def method_of(arm):
+    return arm.split()[0]
+
+
+def compared(made, question):
+    """The (arm, step, blend) that a figure of a question shows, those that there are, base first."""
+    arms = study_arms()
+    wanted = [n for n in arms if n in BESIDE.get(question, ()) or question in arms[n].questions]
+    if question == 9:  # the same run as its "back"
+        wanted = [n for n in wanted if n not in ("full 2e-3", "lora 2e-3")]
+    steps = (0, *STEPS_SHOWN.get(question, (500,)))
+    here = dict.fromkeys((c["arm"], c["step"], c["blend"]) for c in made)
+    return [at for name in ("base", *wanted) for at in here if at[0] == name and at[1] in steps]
+
+
+def show_models(figure, made, question):
+    """A row a model, a panel a measure: a dot for each seed, a line through their mean, and the base's mean down the panel."""
+    rows, measures = compared(made, question), PANELS[question]
+    panels = figure.subplots(1, len(measures), sharey=True)
+    for axes, measure in zip(panels, measures):
+        for y, at in enumerate(rows):
+            values = [c[measure] for c in made if (c["arm"], c["step"], c["blend"]) == at and measure in c]
+            if not values:
+                continue
+            colour, mean = METHODS[method_of(at[0])], statistics.fmean(values)
+            axes.plot(values, [y] * len(values), "o", color=colour, markersize=3, alpha=0.6)
+            axes.plot([mean, mean], [y - 0.35, y + 0.35], color=colour, linewidth=2)
+            if at[0] == "base":
+                axes.axvline(mean, color=colour, linewidth=0.7, linestyle=":")
+        axes.set_title({**SHOWN, "similarity_away": "away: likeness of clips"}[measure], fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", linewidth=0.3)
+    many = {n for n in {a for a, _, _ in rows} if len({s for a, s, _ in rows if a == n}) > 1}
+    names = [
+        a + (f", {s:g} steps" if a in many else "") + (f", {b:g} of the way" if b != 1 else "") for a, s, b in rows
+    ]
+    panels[0].set_yticks(range(len(rows)), names)
+    panels[0].invert_yaxis()
+
+
+def show_along(figure, made, along, arms, measures):
+    """A panel a measure: its mean over seeds along the steps, or along the learning rate after 500 steps; bands from least to most."""
+    base = {m: statistics.fmean(c[m] for c in made if c["arm"] == "base") for m in measures}
+    for axes, measure in zip(figure.subplots(1, len(measures)), measures):
+        axes.axhline(base[measure], color=METHODS["base"], linewidth=0.8, linestyle=":", label="base")
+        if along == "step":
+            for arm, style in arms.items():
+                s = series(made, arm, measure)
+                line = axes.plot(s.x, s.mean, marker="o", markersize=3, label=arm, **style)[0]
+                axes.fill_between(s.x, s.low, s.high, color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.set_xscale("symlog", linthresh=125)
+            axes.set_xticks([0, *EVERY], ["0", *map(str, EVERY)], rotation=60)
+        else:
+            for method, rates in arms.items():
+                at = [
+                    [
+                        c[measure]
+                        for c in made
+                        if c["arm"] == f"{method} {short(r)}" and c["step"] == 500 and measure in c
+                    ]
+                    for r in rates
+                ]
+                axes.plot(
+                    rates, [statistics.fmean(v) for v in at], "o-", markersize=3, color=METHODS[method], label=method
+                )
+                lowest, highest = map(min, at), map(max, at)
+                axes.fill_between(rates, list(lowest), list(highest), color=METHODS[method], alpha=0.15, linewidth=0)
+            axes.set_xscale("log")
+        axes.set_title(SHOWN[measure], fontsize=9)
+        axes.set_xlabel({"step": "step", "lr": "learning rate"}[along], fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=7)
+
+
+def kind_of(name):
+    """Of an arm of question 4, how it is drawn."""
+    for words in ("as on record", "alpha 1", "alpha 16", "alpha 64", "all matrices"):
+        if name.endswith(words):
+            return words
+    return method_of(name)
+
+
+def show_frontier(figure, made):
+    """Question 4: every model of the sweeps, its distortion and what it lost against what it learned and how far its weights went."""
+    arms = study_arms()
+    mine = [
+        c for c in made if c["arm"] in arms and 4 in arms[c["arm"]].questions and c["step"] <= 500 and c["blend"] == 1 and "score_away" in c
+    ]  # fmt: skip
+    looks = {
+        "full": ("tab:red", "o"), "lora": ("tab:blue", "s"), "alpha 1": ("tab:cyan", "v"), "alpha 16": ("tab:purple", "<"),
+        "alpha 64": ("tab:olive", ">"), "as on record": ("0.3", "*"), "all matrices": ("tab:orange", "D"),
+    }  # fmt: skip
+    panels = (("concept_concept", "score_away"), ("concept_concept", "loss_away"), ("weight_change", "score_away"))
+    base = {
+        m: statistics.fmean(c[m] for c in made if c["arm"] == "base")
+        for m in ("score_away", "loss_away", "concept_concept")
+    }
+    for axes, (x, y) in zip(figure.subplots(1, 3), panels):
+        for kind, (colour, marker) in looks.items():
+            models = [c for c in mine if kind_of(c["arm"]) == kind]
+            at = {}
+            for c in models:
+                at.setdefault((c["arm"], c["step"]), []).append((c[x], c[y]))
+            points = [[statistics.fmean(v) for v in zip(*those)] for those in at.values()]
+            label = {"lora": "LoRA, alpha 32", "full": "full"}.get(kind, f"LoRA, {kind}")
+            axes.plot(*zip(*points), marker, color=colour, markersize=4, alpha=0.8, linestyle="", label=label)
+        axes.axhline(base[y], color=METHODS["base"], linewidth=0.8, linestyle=":")
+        axes.set_xlabel(SHOWN[x], fontsize=8)
+        axes.set_ylabel(SHOWN[y], fontsize=8)
+        axes.tick_params(labelsize=8)
+        if x == "weight_change":
+            axes.set_xscale("log")
+        if y == "loss_away":
+            axes.set_yscale("log")
+    figure.axes[0].legend(fontsize=7)
+
+
+def show_alarm(figure, made):
+    """Question 10: the loss on a few held-out clips over the base's in the first steps; red where the study's other seeds end ruined."""
+    untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
+    worse = {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained}
+    runs = {}
+    for row in read_table(table("alarm")):
+        runs.setdefault((row["arm"], row["seed"]), []).append(row)
+    axes, other = figure.subplots(1, 2)
+    for (arm, _), rows in runs.items():
+        for panel, measure in ((axes, "ratio"), (other, "update_ratio")):
+            panel.plot(
+                [r["step"] for r in rows], [r[measure] for r in rows], "-" if method_of(arm) == "full" else "--",
+                color="tab:red" if arm in worse else "tab:blue", linewidth=0.9, alpha=0.7,
+            )  # fmt: skip
+    axes.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+    for panel, title in (
+        (axes, "loss on four held-out clips / the base's"),
+        (other, "size of a step / size of what is trained"),
+    ):
+        panel.set_yscale("log")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+    axes.plot([], [], color="tab:red", label="ruined by step 500")
+    axes.plot([], [], color="tab:blue", label="sound")
+    axes.plot([], [], "-", color="0.3", label="full")
+    axes.plot([], [], "--", color="0.3", label="LoRA")
+    axes.legend(fontsize=7)
+
+
+def figure(question):
+    """A matplotlib figure for a question, from the tables as they stand."""
+    from matplotlib.figure import Figure
+
+    made = checkpoints()
+    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 3.4
+    picture = Figure(figsize=(10, max(2.2, height)), layout="constrained")
+    picture.suptitle(f"{question}. {QUESTIONS[question]}", fontsize=10)
+    if question in PANELS:
+        show_models(picture, made, question)
+    elif question == 2:
+        styles = {
+            "full 2e-3": "tab:red",
+            "full 1e-4": "tab:orange",
+            "lora 2e-3": "tab:blue",
+            "lora 2e-3 as on record": "0.4",
+        }
+        arms = {arm: {"color": colour} for arm, colour in styles.items()}
+        show_along(picture, made, "step", arms, ("score_away", "colour", "concept_concept"))
+    elif question == 3:
+        show_along(
+            picture,
+            made,
+            "lr",
+            {"full": FULL_RATES, "lora": LORA_RATES},
+            ("score_away", "loss_concept", "concept_concept"),
+        )
+    else:
+        {4: show_frontier, 10: show_alarm}[question](picture, made)
+    return picture
+
+
+def figures(questions):
+    """Save the figure of each question in results/figures."""
+    folder = RESULTS / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for question in questions or QUESTIONS:
+        figure(question).savefig(folder / f"question_{question}.png", dpi=110)
+        print(folder / f"question_{question}.png")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "step", choices=["validate", "run", "alarm", "captions", "pictures", "agreement", "answers", "results"]
+        "step",
+        choices=["validate", "run", "alarm", "captions", "pictures", "agreement", "answers", "figures", "results"],
     )
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
@@ -962,6 +1181,9 @@ def main(argv=None):
         return
     if args.step == "answers":
         answers(args.questions)
+        return
+    if args.step == "figures":
+        figures(args.questions)
         return
     if args.step == "results":
         results(args.questions, args.only)

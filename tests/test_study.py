@@ -1,5 +1,6 @@
 """The study: its arms, its tables, and what it measures of weights. `python notebooks/study.py run` makes the tables (hours)."""
 
+import csv
 import dataclasses
 import math
 import sys
@@ -75,3 +76,16 @@ def test_the_subject_iou_reads_real_clips_of_one_colour_and_of_two():
             torn = clip.clone()
             torn[:, :, ::8] = clip.flip(3)[:, :, ::8]
             assert make_samples.subject_iou(torn) < make_samples.subject_iou(clip)
+
+
+@pytest.mark.parametrize("question", study.QUESTIONS)
+def test_each_question_has_a_figure_of_what_was_measured(question):
+    panels = study.figure(question).axes
+    assert len(panels) >= 2 and all(panel.lines for panel in panels)
+
+
+def test_a_figure_draws_the_mean_of_the_seeds_that_stand_in_the_table():
+    with open(study.table("runs"), newline="") as file:
+        losses = [float(r["loss_concept"]) for r in csv.DictReader(file) if r["arm"] == "full 1e-4 bfloat16-nearest"]
+    drawn = [list(line.get_xdata()) for line in study.figure(7).axes[1].lines]
+    assert [pytest.approx(sum(losses) / len(losses))] * 2 in drawn and sorted(losses) in map(sorted, drawn)
