@@ -808,20 +808,27 @@ def agreement():
     both = [[sum(number[w] * c[f"{name}_{w}"] for w in number) for c in made] for name in ("score", "pose_iou")]
     print(f"  all prompts      {spearmanr(*both).statistic:6.2f}")
     clips = read_table(table("clips"))
+    means = {}
+    for c, score, truth in zip(made, *both):
+        means.setdefault((c["arm"], c["step"], c["blend"]), []).append((score, truth))
+    mean = [[statistics.fmean(column) for column in zip(*those)] for those in means.values()]
+    print(f"  and means of seeds {spearmanr(*zip(*mean)).statistic:6.2f}   ({len(mean)} of them)")
     rho = spearmanr([r["score"] for r in clips], [r["pose_iou"] for r in clips]).statistic
     print(f"  single clips     {rho:6.2f}   ({len(clips)} of them)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """That a measure of one model is above that of another; each model an arm, a step and a share of the way (1: no blend)."""
+    """That a measure of one model is above that of another; each model an arm, a step and a share of the way (1: no blend). Or, with
+    `equal`, of one method's models above that of the other's, compared where that measure is nearly the same."""
 
     question: int
     words: str
     measure: str
-    above: tuple
-    below: tuple
+    above: tuple | str
+    below: tuple | str
     afterwards: bool = False  # put after a look at the seeds that it is answered with
+    equal: str = ""
 
 
 def claims():
@@ -848,6 +855,10 @@ def claims():
         Claim(4, "LoRA at 2e-3 learns more of the concept than full fine-tuning at 1e-4", "concept_concept", at("lora 2e-3"), at("full 1e-4")),
         Claim(4, "full fine-tuning at 1e-4 keeps more of the colours it is asked for", "colour", at("full 1e-4"), at("lora 2e-3")),
         Claim(4, "and loses less of what the base knew", "loss_away", at("lora 2e-3"), at("full 1e-4")),
+        Claim(4, "at equal concept LoRA distorts more than full fine-tuning", "score_away", "lora", "full", True, "concept_concept"),
+        Claim(4, "at equal concept it keeps fewer colours", "colour", "full", "lora", True, "concept_concept"),
+        Claim(4, "at equal change of the weights LoRA distorts less", "score_away", "full", "lora", True, "weight_change"),
+        Claim(4, "and has learned less of the concept", "concept_concept", "full", "lora", True, "weight_change"),
         Claim(4, "alpha = 1 at rank 32 distorts less than alpha = 32 at the same rate", "score_away", at("lora 6e-3"), at("lora 6e-3 alpha 1")),
         Claim(4, "alpha = 1 learns less at the same rate", "concept_concept", at("lora 2e-3"), at("lora 2e-3 alpha 1"), True),
         Claim(4, "adapters on all matrices distort more than on the attention's", "score_away", at("lora 2e-3 all matrices"), at("lora 2e-3")),
@@ -882,6 +893,28 @@ def claims():
     ]  # fmt: skip
 
 
+CLOSE = 0.05  # what counts as the same: a twentieth of the larger
+
+
+def at_equal(made, by, measure, method, other):
+    """How much more of `measure` one method's models have than those of the other that are nearest to them in `by`, if close: the mean
+    over pairs, for each seed. Models of the sweeps of question 3, up to step 500."""
+    arms, found = study_arms(), []
+    swept = [
+        c for c in made if c["arm"] in arms and 3 in arms[c["arm"]].questions and c["blend"] == 1 and c["step"] <= 500
+    ]
+    for seed in sorted({c["seed"] for c in swept}):
+        mine, theirs = (
+            [c for c in swept if c["seed"] == seed and method_of(c["arm"]) == m and {by, measure} <= c.keys()]
+            for m in (method, other)
+        )
+        pairs = [(c, min(theirs, key=lambda d: abs(d[by] - c[by]))) for c in mine if theirs]
+        close = [c[measure] - d[measure] for c, d in pairs if abs(c[by] - d[by]) <= CLOSE * max(c[by], d[by])]
+        if close:
+            found.append(statistics.fmean(close))
+    return found
+
+
 def answer(claim, made):
     """(differences paired by seed, half of the 95 % interval of their mean, verdict) of a claim. Student's t, which is wide for three
     seeds: "unclear" means that the interval has 0 in it, not that there is no difference."""
@@ -894,8 +927,11 @@ def answer(claim, made):
             if (c["arm"], c["step"], c["blend"]) == model and claim.measure in c
         }
 
-    high, low = by_seed(claim.above), by_seed(claim.below)
-    found = [a - low.get(seed, low.get(0)) for seed, a in sorted(high.items()) if seed in low or 0 in low]
+    if claim.equal:
+        found = at_equal(made, claim.equal, claim.measure, claim.above, claim.below)
+    else:
+        high, low = by_seed(claim.above), by_seed(claim.below)
+        found = [a - low.get(seed, low.get(0)) for seed, a in sorted(high.items()) if seed in low or 0 in low]
     if len(found) < 3:
         return found, None, "too few seeds yet" if found else "not run yet"
     half = float(t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
