@@ -939,19 +939,27 @@ def answer(claim, made):
     return found, half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
 
 
-def answers(questions):
-    """Print a Markdown table of the claims under each question; a star: put after a look at these seeds."""
-    made = checkpoints()
-    print("| question | claim | measure | mean difference | of each seed | |\n| --- | --- | --- | ---: | ---: | --- |")
+ANSWER_COLUMNS = ("question", "claim", "measure", "mean difference", "of each seed", "verdict")
+
+
+def answer_rows(questions=None):
+    """The claims under each question as rows of ANSWER_COLUMNS, all text. A star: put after a look at these seeds."""
+    made, rows = checkpoints(), []
     for claim in claims():
-        if questions and claim.question not in questions:
-            continue
-        found, half, verdict = answer(claim, made)
-        shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.1g}"
-        each = ", ".join(f"{x:+.2g}" for x in found)
-        print(
-            f"| {claim.question} | {claim.words} | {SHOWN[claim.measure]} | {shown} | {each} | {verdict}{'*' * claim.afterwards} |"
-        )
+        if not questions or claim.question in questions:
+            found, half, verdict = answer(claim, made)
+            shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.1g}"
+            each = ", ".join(f"{x:+.2g}" for x in found)
+            verdict += "*" * claim.afterwards
+            rows.append((str(claim.question), claim.words, SHOWN[claim.measure], shown, each, verdict))
+    return rows
+
+
+def answers(questions):
+    """Print a Markdown table of the claims under each question."""
+    print(f"| {' | '.join(ANSWER_COLUMNS)} |\n| --- | --- | --- | ---: | ---: | --- |")
+    for row in answer_rows(questions):
+        print(f"| {' | '.join(row)} |")
 
 
 SHOWN = {
