@@ -673,7 +673,8 @@ def alarms():
     study, and the lowest of those above it."""
     made, found = checkpoints(), read_table(table("alarm"))
     untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
-    worse = {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained}
+    tried = {r["arm"] for r in found}
+    worse = {c["arm"] for c in made if c["arm"] in tried and c["step"] == 500 and c.get("loss_concept", 0) > untrained}
     print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(worse))}")
     for step in ALARM_LOOKS:
         of = {
@@ -770,7 +771,13 @@ def series(made, arm, measure, along="step"):
     )  # fmt: skip
 
 
-PICTURED = ("base", "lora 2e-3 as on record", "full 2e-3 back", "lora 2e-3 back")  # and all of question 3
+PICTURED = (
+    "base",
+    "lora 2e-3 as on record",
+    "full 2e-3 back",
+    "lora 2e-3 back",
+    "full 6e-4 prior",
+)  # and all of question 3
 
 
 def picture_of(row):
