@@ -1168,7 +1168,7 @@ def show_alarm(figure, made):
     axes.plot([], [], color="tab:blue", label="arms below it")
     axes.plot([], [], "-", color="0.3", label="full")
     axes.plot([], [], "--", color="0.3", label="LoRA")
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
 
 
 def figure(question):
