@@ -668,13 +668,21 @@ def alarm(work):
     alarms()
 
 
+def untrained_loss(made):
+    """The base's loss on held-out clips of the concept. A model above it is called ruined."""
+    return next(c["loss_concept"] for c in made if c["arm"] == "base")
+
+
+def worse_arms(made):
+    """Arms of which a seed is above the base's held-out loss after 500 steps."""
+    return {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained_loss(made)}
+
+
 def alarms():
     """Print, for each look, the highest ratio of arms that are below the base's held-out loss after 500 steps, in the seeds of the
     study, and the lowest of those above it."""
     made, found = checkpoints(), read_table(table("alarm"))
-    untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
-    tried = {r["arm"] for r in found}
-    worse = {c["arm"] for c in made if c["arm"] in tried and c["step"] == 500 and c.get("loss_concept", 0) > untrained}
+    worse = worse_arms(made) & {r["arm"] for r in found}
     print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(worse))}")
     for step in ALARM_LOOKS:
         of = {
@@ -909,7 +917,7 @@ def at_equal(made, by, measure, method, other):
     over pairs, for each seed. Models of the sweeps of question 3, up to step 500, but ruined ones: damage lowers the concept too, so they
     would be paired with those that have hardly begun."""
     arms, found = study_arms(), []
-    untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
+    untrained = untrained_loss(made)
     swept = [
         c
         for c in made
@@ -1143,8 +1151,7 @@ def show_frontier(figure, made):
 
 def show_alarm(figure, made):
     """Question 10: the loss on a few held-out clips over the base's in the first steps; red where the study's other seeds end ruined."""
-    untrained = next(c["loss_concept"] for c in made if c["arm"] == "base")
-    worse = {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained}
+    worse = worse_arms(made)
     runs = {}
     for row in read_table(table("alarm")):
         runs.setdefault((row["arm"], row["seed"]), []).append(row)
