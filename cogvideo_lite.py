@@ -31,6 +31,7 @@ import functools
 import gc
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -152,6 +153,7 @@ LARGE_LORA = dict(
     LARGE, lr=1e-4, optimizer="adamw",
     source="1e-4..1e-3 of CogVideo#116, from below; 1500-2000 steps for 50 clips in diffusers' CogVideoX example",
 )  # fmt: skip
+LION = 5  # AdamW's rate over one of Lion's that does as much
 RECIPES = {
     ("nano", "lora"): NANO_LORA,
     ("nano", "qlora"): NANO_LORA,
@@ -215,6 +217,9 @@ def resolve(config, base=None):
     native = {"frames": base.frames, "height": base.height, "width": base.width_px, "fps": base.fps}
     native = {k: v for k, v in native.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **taken, **native)
+    if config.optimizer == "lion8bit" and "lr" in taken:
+        taken["lr"] = config.lr = config.lr / LION
+        source += f"; the rate over {LION} for Lion, each of whose steps is a full one (arXiv 2302.06675: 3 to 10)"
     if taken:
         why.append(
             (
@@ -249,12 +254,11 @@ def resolve(config, base=None):
     if config.fused_backward is None:
         config.fused_backward = config.method == "full" and base.large and processes == 1 and not accumulates
         if config.fused_backward:
-            why.append(
-                (
-                    "optimizer",
-                    "runs inside backward, so that gradients never live together; no clipping to a global norm",
-                )
-            )
+            told = "runs inside backward, so that gradients never live together; no clipping to a global norm"
+            why.append(("optimizer", told))
+        elif config.method == "full" and base.large:
+            why.append(("optimizer", "after backward, with all gradients in memory at once, since they are "
+                        + ("averaged over processes" if processes > 1 else "summed up over --micro-batch-size")))  # fmt: skip
     if config.fused_backward and processes > 1:  # hooks would step before the gradients of all processes are averaged
         raise UserError(
             f"--fused-backward: in {processes} processes the weights would drift apart; use --no-fused-backward"
@@ -439,6 +443,7 @@ class Base:
     frames = property(lambda self: self.transformer["sample_frames"])
     height = property(lambda self: self.native[0])
     width_px = property(lambda self: self.native[1])
+    sampled_at_once = property(lambda self: 1 if self.large else 8)  # clips
     fps = property(lambda self: 16 if self.patch_t else 8)  # what CogVideoX1.5, and the others, were trained on
     text_length = property(lambda self: self.transformer["max_text_seq_length"])
 
@@ -608,7 +613,9 @@ def load_quantized(base, part, dtype, device, bits=4):
             )
         else:
             layer = bnb.nn.Linear4bit(*size, bias=False, compute_dtype=dtype, device="meta")
-            layer.weight = bnb.nn.Params4bit(weight.to(dtype), quant_type="nf4", module=layer).to(device)
+            # From the numbers on disk, so that the same base has the same bits whatever the arithmetic, to which they come back.
+            layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=layer).to(device)
+            layer.weight.quant_state.dtype = dtype
             layer.support_avx512bf16_for_cpu = False  # it repacks the weights in place at the first sample, for good
         layer.bias = plain.bias
         return layer
@@ -633,9 +640,10 @@ def load_quantized(base, part, dtype, device, bits=4):
     return model.requires_grad_(False).eval().to(device)  # 2B's table of positions is no weight, and not there yet
 
 
-def frozen_dtype(base, dtype, folder=None):
-    """How weights that are not trained are kept: as they are computed with, but a large model's in no more bits than on disk."""
-    on_disk = dtype_on_disk(folder or base.folder / "transformer")
+def frozen_dtype(base, dtype, part="transformer"):
+    """How weights that are not trained are kept: as they are computed with, but a large model's in no more bits than on disk. part: of
+    the base, or a run's folder with a transformer of its own."""
+    on_disk = dtype_on_disk(base.folder / part)
     return on_disk if base.large and dtype.itemsize > on_disk.itemsize else dtype
 
 
@@ -888,11 +896,47 @@ def encode_prompts(base, prompts, device, dtype, quantize=None):
     if quantize:
         text_encoder = load_quantized(base, "text_encoder", dtype, device, int(quantize.removesuffix("bit")))
     else:
-        text_encoder = base.load("text_encoder", dtype).to(device)
+        text_encoder = base.load("text_encoder", frozen_dtype(base, dtype, "text_encoder")).to(device)
+        convert_while_running(text_encoder, dtype)
     pipe = CogVideoXPipeline(base.load("tokenizer"), text_encoder, None, None, None)
+    how = dict(do_classifier_free_guidance=False, max_sequence_length=base.text_length, device=device, dtype=dtype)
     with torch.no_grad():
-        embed = lambda p: pipe.encode_prompt(p, None, False, max_sequence_length=base.text_length, device=device)[0][0]  # noqa: E731
-        return [embed(prompt).cpu() for prompt in prompts]
+        found = [pipe.encode_prompt(prompt, None, **how)[0][0].cpu() for prompt in prompts]
+    del pipe, text_encoder
+    free_memory()
+    return found
+
+
+def convert_while_running(text_encoder, dtype):
+    """Let T5, kept in fewer bits than `dtype`, compute in it: one block at a time is converted, and given back when it has run. Layer by
+    layer, as `compute_in_dtype_of_input` has it, will not do, since T5 converts its activations to the dtype of its weights."""
+    if text_encoder.dtype == dtype:
+        return
+
+    def convert(block, inputs):
+        block.kept = [(p, p.data) for p in block.parameters()]
+        for p, stored in block.kept:
+            p.data = stored.to(dtype)
+
+    def give_back(block, inputs, outputs):
+        for p, stored in block.kept:
+            p.data = stored
+        del block.kept
+
+    text_encoder.shared.register_forward_hook(lambda module, inputs, out: out.to(dtype))
+    text_encoder.encoder.final_layer_norm.to(dtype)
+    for block in text_encoder.encoder.block:
+        block.register_forward_pre_hook(convert)
+        block.register_forward_hook(give_back)
+
+
+def free_memory():
+    """Give back what models left behind that refer to themselves, as those with quantized layers do."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -1294,7 +1338,7 @@ def generate(pipe, base, prompt_embeds, empty, config, seed):
     noise of seed + k. Returns a list of float (F, C, H, W) in [0, 1] on the CPU."""
     import torch
 
-    clips, at_once = [], 1 if base.large else 8
+    clips, at_once = [], base.sampled_at_once
     for first in range(0, len(prompt_embeds), at_once):
         embeds = prompt_embeds[first : first + at_once]
         video = pipe(
@@ -1328,7 +1372,7 @@ def sample(run_or_model, prompts, seed=0, **changes):
     dtype, _ = choose_compute_dtype(device, base, changes.get("compute_dtype"))  # the run may come from another machine
     *embeds, empty = encode_prompts(base, [*prompts, ""], device, dtype, config.quantize_text_encoder)
     if is_run and config.method == "full":
-        kept = frozen_dtype(base, dtype, run / "transformer")
+        kept = frozen_dtype(base, dtype, (run / "transformer").resolve())
         transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", dtype=kept).to(device)
     else:
         transformer = load_transformer(config, base, dtype, device)
@@ -2107,9 +2151,8 @@ def train(config, callbacks=()):
     with accelerator.main_process_first():
         cache = cache_clips(config, accelerator.device)
         references = run_references(config) if main else None
-    gc.collect()  # VAE and T5, whose quantized layers refer to themselves
+    free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         why.append(("memory", f"{peak_memory_gib():.1f} GiB at most while clips and prompts were coded"))
         torch.cuda.reset_peak_memory_stats()
 
@@ -2556,10 +2599,13 @@ set(true); follow();
 # --------------------------------------------------------------------------------------------------------- memory plan
 # Will it fit, how long will it take, and which knob helps? The code that trains is run for two steps, with the real
 # architecture, on tensors that have a shape but no contents (torch's FakeTensorMode), and what it takes and gives back is
-# written down. That needs no weights and no GPU. What is written down is then played to a model of CUDA's allocator.
+# written down. That needs no weights and no GPU. Five of the transformer's blocks are run; what the middle one did is written
+# down once for each of the others. All that is then played to a model of CUDA's allocator.
 
 GIB = 2**30
-STAGES = ("forward", "backward", "update")  # of a training step
+FEW_BLOCKS = (
+    5  # of the transformer are run: the fewest of which one is not beside the first or the last, nor its neighbours
+)
 CONTEXT_GIB = 0.6  # assumed, not predicted: the driver's context, kernels and their workspaces
 KINDS = ("weights", "adapters", "gradients", "optimizer", "saved activations", "working space")
 
@@ -2597,7 +2643,14 @@ class Described(Base):
     """A Base of which the weights need not be there."""
 
     text_encoder: dict
-    stored: str  # dtype of the transformer's files
+    stored: str  # dtype of its files
+
+    def frozen_dtype(self, dtype):
+        """What `frozen_dtype` says of it."""
+        import torch
+
+        stored = getattr(torch, self.stored)
+        return stored if self.large and dtype.itemsize > stored.itemsize else dtype
 
 
 def describe(model):
@@ -2624,6 +2677,7 @@ class Memory:
 
     bytes: int
     kind: str = "working space"
+    block: int | None = None  # of the transformer, that took it
 
 
 class Ledger:
@@ -2635,31 +2689,52 @@ class Ledger:
 
     def __init__(self, card=True):
         self.card = card
-        self.events = []  # (Memory, whether it was taken)
-        self.begun = []  # (phase, stage, number of events before it)
+        self.events = []  # (Memory, whether it was taken, block of the transformer that did so or None)
+        self.begun = []  # (phase, number of events before it)
         self.held = {}  # storage -> (Memory, weak reference to the storage)
-        self.flops = 0  # of matrix products, convolutions and attention; a multiplication and an addition are two
+        # (phase, block) -> of matrix products, convolutions and attention; a multiplication and an addition are two
+        self.flops = collections.Counter()
+        self.block, self.inside = None, False  # whether forward or backward of that block is running
 
     def note(self, tensor):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.held:
-            memory = Memory(storage.nbytes())
+            memory = Memory(storage.nbytes(), block=self.block)
 
             def given_back(_):
                 del self.held[key]
-                self.events.append((memory, False))
+                if memory.bytes:
+                    self.events.append((memory, False, self.block if self.inside else memory.block))
 
             self.held[key] = memory, weakref.ref(storage, given_back)
-            self.events.append((memory, True))
+            if memory.bytes:
+                self.events.append((memory, True, self.block))
         return self.held[key][0]
 
     def label(self, kind, tensors):
         for tensor in tensors:
             self.note(tensor).kind = kind
 
-    def begin(self, phase, stage=""):
-        self.begun.append((phase, stage, len(self.events)))
+    def begin(self, phase):
+        self.begun.append((phase, len(self.events)))
+        self.block, self.inside = None, False
+
+    def enter(self, block):
+        self.block, self.inside = block, True
+
+    def enter_when_run(self, blocks):
+        """Let the blocks of a transformer tell when their forward begins, and their backward."""
+        import torch
+
+        def watch_backward(k, outputs):
+            for tensor in outputs:
+                if torch.is_tensor(tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: self.enter(k))
+
+        for k, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, k=k: self.enter(k))
+            block.register_forward_hook(lambda _, inputs, outputs, k=k: watch_backward(k, outputs))
 
     @contextlib.contextmanager
     def watch(self):
@@ -2674,48 +2749,111 @@ class Ledger:
         class Watch(TorchDispatchMode):
             def __torch_dispatch__(_, func, types, args=(), kwargs=None):
                 kwargs = kwargs or {}
+                if (
+                    not self.inside
+                ):  # it belongs to the block whose memory it reads; if it reads none, to that of the last
+                    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+                    known = [self.held[key][0] for t in read if (key := t.untyped_storage()._cdata) in self.held]
+                    if known:
+                        self.block = next((memory.block for memory in known if memory.block is not None), None)
                 out = func(*args, **kwargs)
                 for tensor in tree_leaves(out):
                     if isinstance(tensor, torch.Tensor):
                         self.note(tensor)
-                kind = func._overloadpacket
+                kind, flops = func._overloadpacket, 0
                 if kind is attention:
-                    self.flops += sdpa_flop_count(*(a.shape for a in args[:3]))
+                    flops = sdpa_flop_count(*(a.shape for a in args[:3]))
                 elif kind is attention_backward:
-                    self.flops += sdpa_backward_flop_count(*(a.shape for a in args[:4]))
+                    flops = sdpa_backward_flop_count(*(a.shape for a in args[:4]))
                     if self.card:  # FlashAttention adds up the queries' gradient in float32
-                        sums = Memory(4 * args[1].numel())
-                        self.events += [(sums, True), (sums, False)]
+                        sums = Memory(4 * args[1].numel(), block=self.block)
+                        self.events += [(sums, True, self.block), (sums, False, self.block)]
                 elif kind in flop_registry:
-                    self.flops += flop_registry[kind](*args, **kwargs, out_val=out)
+                    flops = flop_registry[kind](*args, **kwargs, out_val=out)
+                if flops:
+                    self.flops[self.begun[-1][0], self.block] += flops
                 return out
 
         with Watch():
             yield
         self.held.clear()  # what is destroyed later is no part of it
 
-    def spans(self, phase, stage=None):
-        """(first, last + 1) of the events of a phase, or of one stage of it, for each time that it began."""
-        ends = [at for _, _, at in self.begun[1:]] + [len(self.events)]
-        return [(a, b) for (p, s, a), b in zip(self.begun, ends) if p == phase and stage in (None, s)]
+    def stretches(self):
+        """(phase, first, last + 1 of its events), for each time that one began."""
+        ends = [at for _, at in self.begun[1:]] + [len(self.events)]
+        return [(phase, start, end) for (phase, start), end in zip(self.begun, ends)]
 
-    def peak_bytes(self, phase, stage=None):
-        """Most that is held at once in a phase, or in one stage of it."""
+    def spans(self, phase):
+        return [(start, end) for name, start, end in self.stretches() if name == phase]
+
+    def of_blocks(self, blocks):
+        """The ledger of a transformer of so many blocks, told from this one of FEW_BLOCKS, or itself if there are no more.
+
+        All blocks but the first and the last do the same, in the same order. So in each phase what the middle one of five does
+        is written down once for each that is missing, up in forward and down in backward, and where it gives back its neighbour's
+        memory, they give back their neighbours'."""
+        missing, middle = blocks - FEW_BLOCKS, FEW_BLOCKS // 2
+        if missing <= 0:
+            return self
+
+        def stands_for(block):  # range of blocks
+            return range(block + missing * (block > middle), block + missing * (block >= middle) + 1)
+
+        pieces, number, count = {}, {}, collections.Counter()
+        for memory, taken, _ in self.events:
+            if taken and memory.block is not None:
+                number[memory] = count[memory.block]
+                count[memory.block] += 1
+                for k in stands_for(memory.block):
+                    copy = memory if k == memory.block else dataclasses.replace(memory, block=k)
+                    pieces[k, number[memory]] = copy
+
+        def counterparts(memory, block, k):
+            if memory.block is None:
+                return [memory] if block != middle or k == middle else []
+            if abs(memory.block - block) > 1:  # not a neighbour's: something that all keep
+                return [pieces[other, number[memory]] for other in stands_for(memory.block)]
+            return [pieces[k + memory.block - block, number[memory]]]
+
+        told = Ledger(self.card)
+        for phase, start, end in self.stretches():
+            told.begin(phase)
+            last = 0
+            for block, events in itertools.groupby(self.events[start:end], key=lambda event: event[2]):
+                events = list(events)
+                if block is None:
+                    told.events += events
+                    continue
+                order = stands_for(block)
+                for k in order if last < middle else reversed(order):
+                    for memory, taken, _ in events:
+                        told.events += [(piece, taken, k) for piece in counterparts(memory, block, k)]
+                last = last if block == middle else block
+        for (phase, block), flops in self.flops.items():
+            told.flops[phase, block] = flops * (1 + missing if block == middle else 1)
+        return told
+
+    def peak_bytes(self, phase):
+        """Most that is held at once in a phase."""
         held = most = 0
-        spans = self.spans(phase, stage)
-        for k, (memory, taken) in enumerate(self.events):
+        spans = self.spans(phase)
+        for k, (memory, taken, _) in enumerate(self.events):
             held += memory.bytes if taken else -memory.bytes
             if held > most and any(a <= k < b for a, b in spans):
                 most = held
         return most
+
+    def step_flops(self):
+        """Of a training step."""
+        return sum(flops for (phase, _), flops in self.flops.items() if phase == "training")
 
     def split(self, phase):
         """GiB of each kind at the moment in a phase when most is held. On a card also what its allocator reserves beyond
         that by the end of the phase, if it began without holes, and the context."""
         spans = self.spans(phase)
         start, end = spans[0][0], spans[-1][1]
-        held = dict.fromkeys(memory for memory, taken in self.events[:start] if taken)
-        for memory, taken in self.events[:start]:
+        held = dict.fromkeys(memory for memory, taken, _ in self.events[:start] if taken)
+        for memory, taken, _ in self.events[:start]:
             if not taken:
                 del held[memory]
         allocator, now = Allocator(), collections.Counter()
@@ -2723,7 +2861,7 @@ class Ledger:
             allocator.take(memory)
             now[memory.kind] += memory.bytes
         most = now.copy()
-        for memory, taken in self.events[start:end]:
+        for memory, taken, _ in self.events[start:end]:
             (allocator.take if taken else allocator.give_back)(memory)
             now[memory.kind] += memory.bytes if taken else -memory.bytes
             if now.total() > most.total():
@@ -2821,9 +2959,12 @@ def take_memory(ledger, model, adapters=False):
     """Give the weights and buffers of a model on the meta device the memory that they need, or those of its adapters."""
     for name, module in model.named_modules():
         if ("lora_" in name) == adapters:
+            block = re.match(r"transformer_blocks\.(\d+)\.", name)
+            ledger.enter(int(block[1]) if block else None)
             module.to_empty(device="cpu", recurse=False)
             mine = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             ledger.label("adapters" if adapters else "weights", mine)
+    ledger.block, ledger.inside = None, False
 
 
 def as_if_quantized(model, part, dtype, bits=4):
@@ -2874,7 +3015,25 @@ def as_if_quantized(model, part, dtype, bits=4):
     return model
 
 
-def rehearse_caching(config, base, card=True):
+def once_for_a_size(rehearsal):
+    """Remember what depends on the size of the clips alone: knobs are turned one after another, and it takes seconds."""
+    made = {}
+
+    @functools.wraps(rehearsal)
+    def remembered(config, base, card=True):
+        size = config.frames, config.height, config.width
+        key = repr(
+            (base.vae, base.text_encoder, base.stored, *size, config.compute_dtype, config.quantize_text_encoder, card)
+        )
+        if key not in made:
+            made[key] = rehearsal(config, base, card)
+        return made[key]
+
+    return remembered
+
+
+@once_for_a_size
+def rehearse_caching(config, base, card):
     """Ledger of the phase "caching": the VAE codes a clip, T5 a prompt, as `cache_clips` does one after another."""
     import torch
     from diffusers import AutoencoderKLCogVideoX
@@ -2884,13 +3043,15 @@ def rehearse_caching(config, base, card=True):
     ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
     with torch.device("meta"):
         vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
-        text_encoder = shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), dtype)
+        kept = dtype if config.quantize_text_encoder else base.frozen_dtype(dtype)
+        text_encoder = shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), kept)
     text_encoder.set_input_embeddings(text_encoder.shared)  # one table, as when it is loaded
-    if dtype == torch.float16:  # as transformers keeps it
+    if kept == torch.float16:  # as transformers keeps it
         for name, p in text_encoder.named_parameters():
             p.data = p.data.float() if ".wo." in name else p.data
     if config.quantize_text_encoder:
         as_if_quantized(text_encoder, "text_encoder", dtype, int(config.quantize_text_encoder.removesuffix("bit")))
+    convert_while_running(text_encoder, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger.watch():
         ledger.begin("caching")
         take_memory(ledger, vae)
@@ -2933,24 +3094,22 @@ def tables_with_contents():
         functional.create_dynamic_map = compute
 
 
-def rehearse(config, base, layers=None, card=True, sampling=True):
-    """Ledger of the phases "training" (one step, in three stages: forward, backward, update) and "sampling".
+def rehearse(config, base, blocks, card=True, sampling=True):
+    """Ledger of the phases "training" (one step) and "sampling", with so many of the transformer's blocks.
 
-    What is done is what Trainer does, except what reads numbers. layers: only so many blocks of the transformer.
+    What is done is what Trainer does, except what reads numbers.
     """
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from diffusers import CogVideoXTransformer3DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
-    stored = getattr(torch, base.stored)
-    kept = stored if base.large and dtype.itemsize > stored.itemsize else dtype  # as `frozen_dtype`
+    kept = base.frozen_dtype(dtype)
     if config.method == "full":
         kept = torch.float32 if config.trained_dtype == "float32" else torch.bfloat16
-    shape = {**base.transformer, "num_layers": layers or base.transformer["num_layers"]}
     with torch.device("meta"):
+        shape = {**base.transformer, "num_layers": blocks}
         transformer = shapes_only(CogVideoXTransformer3DModel.from_config(shape), kept)
-        vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
     if config.method == "qlora":
         as_if_quantized(transformer, "transformer", dtype)
     if config.method == "full":
@@ -2960,11 +3119,13 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
     compute_in_dtype_of_input(transformer, dtype)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    ledger.enter_when_run(transformer.transformer_blocks)
     size = config.height // base.spatial, config.width // base.spatial
     shape = sum(base.latent_frames(config.frames)), base.transformer["in_channels"], *size  # (T, C, h, w)
     text = base.text_length, base.transformer.get("text_embed_dim", 4096)
     micro = config.micro_batch_size or config.batch_size
     passes = min(2, config.batch_size // micro)  # a third adds nothing to two
+    decoding = rehearse_decoding(config, base, card) if sampling else None
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -2990,7 +3151,7 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
         ledger.label("optimizer", [t for state in states for t in state if torch.is_tensor(t)])
         transformer.train()
         for _ in range(passes):
-            ledger.begin("training", "forward")
+            ledger.begin("training")  # forward
             batch = {
                 "latents": torch.empty(micro, *shape), "noise": torch.empty(micro, *shape),
                 "timesteps": torch.empty(micro, dtype=torch.long), "prompt_embeds": torch.empty(micro, *text, dtype=dtype),
@@ -3001,9 +3162,9 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
             for memory, _ in ledger.held.values():
                 if memory not in older:
                     memory.kind = "saved activations"
-            ledger.begin("training", "backward")
+            ledger.begin("training")  # backward
             loss.backward()
-        ledger.begin("training", "update")
+        ledger.begin("training")  # update
         if not config.fused_backward:
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
             torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, torch.stack(norms).norm())
@@ -3012,42 +3173,53 @@ def rehearse(config, base, layers=None, card=True, sampling=True):
             p.grad = None
         if average:
             average.update(1)
-        ledger.flops *= config.batch_size // (micro * passes)
+        for key in ledger.flops:
+            ledger.flops[key] *= config.batch_size // (micro * passes)
         del batch, loss
-        if sampling:
-            flops = ledger.flops
-            rehearse_sampling(ledger, config, base, vae, transformer, rotary, shape, text, dtype, average)
-            ledger.flops = flops
+        if decoding:  # as `Trainer.draw_samples` after training: one of the denoising steps, and one decoding
+            ledger.begin("sampling")  # denoising
+            (loading,), (working,) = decoding.spans("loading"), decoding.spans("sampling")
+            ledger.events += decoding.events[slice(*loading)]
+            transformer.eval()
+            inputs = 2 * base.sampled_at_once  # each clip with its prompt and without
+            with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
+                transformer(
+                    torch.empty(inputs, *shape, dtype=dtype), torch.empty(inputs, *text, dtype=dtype),
+                    torch.empty(inputs, dtype=torch.long), image_rotary_emb=rotary, return_dict=False,
+                )  # fmt: skip
+                ledger.begin("sampling")  # decoding
+                ledger.events += decoding.events[slice(*working)]
     return ledger
 
 
-def rehearse_sampling(ledger, config, base, vae, transformer, rotary, shape, text, dtype, average):
-    """The phase "sampling" of a ledger that is being watched: what `Trainer.draw_samples` does after training, for one of the
-    denoising steps and for one decoding."""
+@once_for_a_size
+def rehearse_decoding(config, base, card):
+    """Ledger of what sampling does with the VAE: "loading" it, and decoding, which stands under "sampling"."""
     import torch
-    from diffusers import CogVideoXPipeline
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ledger.begin("sampling")
-    clips = 1 if base.large else 8  # as `generate`
-    take_memory(ledger, vae)
-    transformer.eval()
-    with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
-        transformer(  # each clip with its prompt and without
-            torch.empty(2 * clips, *shape, dtype=dtype), torch.empty(2 * clips, *text, dtype=dtype),
-            torch.empty(2 * clips, dtype=torch.long), image_rotary_emb=rotary, return_dict=False,
-        )  # fmt: skip
-        latents = torch.empty(clips, *shape, dtype=dtype)
+    ledger, dtype = Ledger(card), getattr(torch, config.compute_dtype)
+    with torch.device("meta"):
+        vae = shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger.watch():
+        ledger.begin("loading")
+        take_memory(ledger, vae)
+        ledger.begin("sampling")
+        size = config.height // base.spatial, config.width // base.spatial
+        shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
+        latents = torch.empty(shape, dtype=dtype)
+        rest = None
         if base.large:
-            # The frames are decoded two latent ones at a time, the first three together. Those are decoded here; of the rest
-            # there is room for the tiles and the clip that is put together from them.
+            # Tile by tile is decoded, and of each two latent frames at a time, the first three together. A tile's first frames
+            # are decoded here; of the rest there is room for the tiles and the clip that is put together from them.
             vae.enable_tiling()
-            later = torch.empty(2, 3, max(0, config.frames - 9), config.height, config.width, dtype=dtype)
-            latents = latents[:, :3]
-        else:
-            later = None
-        pipe = CogVideoXPipeline(None, None, vae, transformer, None)
+            latents = latents[:, :3, :, : vae.tile_latent_min_height, : vae.tile_latent_min_width]
+            rest = torch.empty(2, 3, config.frames, config.height, config.width, dtype=dtype)
+        pipe = CogVideoXPipeline(None, None, vae, None, None)
         pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pt")
-        del later
+        del rest
+    return ledger
 
 
 @dataclass
@@ -3078,10 +3250,11 @@ def plan(config, card=True):
     """
     resolved, base = resolve_plan(config)
     quiet_libraries()
-    ledger = rehearse(resolved, base, card=card)
+    blocks = base.transformer["num_layers"]
+    ledger = rehearse(resolved, base, min(blocks, FEW_BLOCKS), card=card).of_blocks(blocks)
     phases = {"caching": rehearse_caching(resolved, base, card).split("caching")}
     phases |= {phase: ledger.split(phase) for phase in ("training", "sampling")}
-    return Plan(config, resolved, phases, ledger.flops)
+    return Plan(config, resolved, phases, ledger.step_flops())
 
 
 def changed(config, **changes):
@@ -3101,34 +3274,17 @@ def resolve_plan(config, **changes):
     return config, base
 
 
-def from_few_blocks(config, base, sampling=False):
-    """What a rehearsal of the whole would find, told from two and from three of the transformer's blocks: (GiB of tensors at the
-    peak of a training step, GiB for sampling or None, GiB of what stays by kind, FLOP of a step). Each block adds the same to
-    what stays and to the peak of each stage."""
-    two, three = rehearse(config, base, 2, sampling=sampling), rehearse(config, base, 3, sampling=False)
-    more = base.transformer["num_layers"] - 2
-    peaks = [[ledger.peak_bytes("training", stage) / GIB for stage in STAGES] for ledger in (two, three)]
-    peak = max(a + more * (b - a) for a, b in zip(*peaks))
-    a, b = two.split("training"), three.split("training")
-    stays = {kind: a[kind] + more * (b[kind] - a[kind]) for kind in ("weights", "adapters", "optimizer")}
-    if sampling:
-        sampling = sum(two.split("sampling").values()) + sum(gib - a[kind] for kind, gib in stays.items())
-    return peak, sampling or None, stays, two.flops + more * (three.flops - two.flops)
+def planner(asked):
+    """A function of options to change that gives the Plan with them. Each is made once."""
+    made = {}
 
+    def planned_with(**changes):
+        key = frozenset(changes.items())
+        if key not in made:
+            made[key] = plan(changed(asked, **changes))
+        return made[key]
 
-def estimate(planned, **changes):
-    """Phase -> GiB with some options changed, `from_few_blocks`. The allocator's share is taken to be that of the plan."""
-    config, base = resolve_plan(planned.asked, **changes)
-    parts, needs = planned.phases["training"], planned.needs_gib
-    resized = bool({"frames", "height", "width"} & set(changes))
-    if resized or "quantize_text_encoder" in changes:
-        needs["caching"] = sum(rehearse_caching(config, base).split("caching").values())
-    if set(changes) == {"quantize_text_encoder"}:
-        return needs
-    peak, sampling, stays, _ = from_few_blocks(config, base, resized)
-    needs["training"] = peak * (1 + parts["allocator"] / sum(parts[kind] for kind in KINDS)) + CONTEXT_GIB
-    needs["sampling"] = sampling or needs["sampling"] + sum(gib - parts[kind] for kind, gib in stays.items())
-    return needs
+    return planned_with
 
 
 def knobs(config):
@@ -3157,35 +3313,24 @@ def knobs(config):
     return [(name, changes) for useful, name, changes in all_of_them if useful]
 
 
-def fitting(planned, vram):
+def fitting(planned_with, vram):
     """Turn one knob after another, the gentlest first, as far as it helps, until a run fits; then turn back, the harshest first,
-    what is not needed any more. Returns (options changed, Plan in full), or (None, Plan of the least that was found)."""
-    changes, peak, best, turned = {}, planned.peak_gib, planned, []
+    what is not needed any more. planned_with: a `planner`. Returns (options changed, Plan), or (None, Plan of the least that was
+    found)."""
+    changes, best, turned = {}, planned_with(), []
     while best.peak_gib > vram:
-        config, _ = resolve_plan(planned.asked, **changes)
-        left = [change for _, change in knobs(config) if change not in turned]
-        if left:
-            turned.append(left[0])
-            found = max(estimate(planned, **{**changes, **left[0]}).values())
-            if found < 0.995 * peak:
-                changes, peak = {**changes, **left[0]}, found
-        if not left or peak <= vram:
-            best = plan(changed(planned.asked, **changes))
-            peak = best.peak_gib
+        left = [change for _, change in knobs(best.config) if change not in turned]
         if not left:
-            break
-    if best.peak_gib > vram:
-        return None, best
-    fewer = changes
+            return None, best
+        turned.append(left[0])
+        found = planned_with(**{**changes, **left[0]})
+        if found.peak_gib < 0.995 * best.peak_gib:
+            changes, best = {**changes, **left[0]}, found
     for names in dict.fromkeys(tuple(change) for change in reversed(turned)):
-        without = {name: value for name, value in fewer.items() if name not in names}
+        fewer = {name: value for name, value in changes.items() if name not in names}
         with contextlib.suppress(UserError):  # some options need others
-            if without != fewer and max(estimate(planned, **without).values()) <= vram:
-                fewer = without
-    if fewer != changes:
-        less = plan(changed(planned.asked, **fewer))
-        if less.peak_gib <= vram:
-            return fewer, less
+            if fewer != changes and planned_with(**fewer).peak_gib <= vram:
+                changes, best = fewer, planned_with(**fewer)
     return changes, best
 
 
@@ -3252,7 +3397,8 @@ def plan_command(config, vram=None, card=None):
     if vram is not None and not 0 < vram < math.inf:
         raise UserError(f"--vram {vram:g}: must be a number of GiB above 0")
     vram = vram or (CARDS[card][1] if card else None)
-    planned = plan(config)
+    planned_with = planner(config)
+    planned = planned_with()
     c, needs = planned.config, planned.needs_gib
     print(f"plan of --{c.method} on {c.model}: batch {c.batch_size}, {c.frames}x{c.height}x{c.width}, arithmetic in "
           f"{c.compute_dtype}, {c.optimizer}, gradient checkpointing {'on' if c.gradient_checkpointing else 'off'}")  # fmt: skip
@@ -3269,18 +3415,18 @@ def plan_command(config, vram=None, card=None):
     seconds, told = time_of_step(planned, card)
     print(f"\ntime, estimated: {planned.flops:.3g} FLOP a step, {seconds:.3g} s at {told};\n"
           f"{seconds * c.steps / 3600:.2g} hours for {c.steps} steps, without caching and sampling")  # fmt: skip
-    print("\nwhat would change the peak, estimated:", flush=True)
+    print("\nwhat would change the peak, predicted:", flush=True)
     rows = []
     for name, changes in knobs(c):
-        then = estimate(planned, **changes)
-        by_phase = {phase: then[phase] - need for phase, need in needs.items()}
-        rows.append((max(then.values()) - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
+        then = planned_with(**changes)
+        by_phase = {phase: then.needs_gib[phase] - need for phase, need in needs.items()}
+        rows.append((then.peak_gib - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
     for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
         where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
         print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
     if fits:
         return
-    changes, found = fitting(planned, vram)
+    changes, found = fitting(planned_with, vram)
     if changes is None:
         print(f"\nnothing found that fits in {vram:g} GiB: the least needs {found.peak_gib:.1f}")
         return

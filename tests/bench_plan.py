@@ -103,6 +103,7 @@ def foreign_run(row):
         if row["before_gib"]:
             cl.take_memory(ledger, vae)
         cl.take_memory(ledger, transformer, adapters=True)
+        ledger.begin("training")
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         if row["weights_dtype"] == "fp32":
             for p in transformer.parameters():
@@ -130,7 +131,7 @@ def foreign_run(row):
             del gradients
             optimizer.step()
     before, allocator = None, cl.Allocator()
-    for k, (memory, taken) in enumerate(ledger.events):
+    for k, (memory, taken, _) in enumerate(ledger.events):
         if k in cache_emptied:
             allocator.empty_cache()
             if before is None:
@@ -254,15 +255,18 @@ def compare(file):
 
 def at_batch(two, three, batch):
     """Ledger of a step on a batch, from those on two and on three clips: the same pieces come and go in the same order, and each
-    grows by the same bytes with each clip. (On one clip a copy or two fewer are made, so that 1 is counted a little high.)"""
-    if [(m.kind, taken) for m, taken in two.events] != [(m.kind, taken) for m, taken in three.events]:
+    grows by the same bytes with each clip. (On one clip a copy or two fewer are made.)"""
+    if [(m.kind, *event) for m, *event in two.events] != [(m.kind, *event) for m, *event in three.events]:
         raise AssertionError("a step on two clips and one on three differ in more than sizes")
     ledger, pieces = cl.Ledger(two.card), {}
-    ledger.begun, ledger.flops = two.begun, two.flops + (batch - 2) * (three.flops - two.flops)
-    for (small, taken), (large, _) in zip(two.events, three.events):
+    ledger.begun = two.begun
+    for key, flops in two.flops.items():
+        ledger.flops[key] = flops + (batch - 2) * (three.flops[key] - flops)
+    for (small, taken, block), (large, *_) in zip(two.events, three.events):
         if taken:
-            pieces[small] = cl.Memory(small.bytes + (batch - 2) * (large.bytes - small.bytes), small.kind)
-        ledger.events.append((pieces[small], taken))
+            size = small.bytes + (batch - 2) * (large.bytes - small.bytes)
+            pieces[small] = cl.Memory(size, small.kind, small.block)
+        ledger.events.append((pieces[small], taken, block))
     return ledger
 
 
@@ -277,89 +281,44 @@ def largest(need, vram):
     return batch
 
 
-def asked(model, size, **options):
-    return cl.Config(model=NAMES[model], **dict(zip(("frames", "height", "width"), size)), **options)
-
-
-@functools.cache
-def beside_training(model, size):
-    """(GiB for caching, GiB for sampling without weights and optimizer): the same for all methods."""
-    config, base = cl.resolve_plan(asked(model, size, method="lora"))
-    _, sampling, stays, _ = cl.from_few_blocks(config, base, sampling=True)
-    return sum(cl.rehearse_caching(config, base).split("caching").values()), sampling - sum(stays.values())
-
-
 class Capacity:
     """What a model and method need at a size, by batch, the largest of the three phases, in GiB."""
 
     def __init__(self, model, size, options):
-        self.model, self.size, self.options = model, size, options
+        self.size = size
+        self.asked = cl.Config(model=NAMES[model], **dict(zip(("frames", "height", "width"), size)), **options)
+        self.one = cl.plan(self.asked)
+        self.two, self.three = (self.rehearsed(batch) for batch in (2, 3))
         self.training = functools.cache(self.training)
 
+    def rehearsed(self, batch):
+        config, base = cl.resolve_plan(self.asked, batch_size=batch)
+        blocks = base.transformer["num_layers"]
+        return cl.rehearse(config, base, min(blocks, cl.FEW_BLOCKS), sampling=False).of_blocks(blocks)
+
+    def training(self, batch):
+        if batch == 1:
+            return self.one.needs_gib["training"]
+        return sum(at_batch(self.two, self.three, batch).split("training").values())
+
     def __call__(self, batch):
-        caching, sampling = beside_training(self.model, self.size)
-        return max(caching, sampling + self.stays, self.training(batch))
+        return max(self.training(batch), self.one.needs_gib["caching"], self.one.needs_gib["sampling"])
 
 
-class Rehearsed(Capacity):
-    """From two rehearsals of the whole model."""
-
-    def __init__(self, model, size, options, progress):
-        super().__init__(model, size, options)
-        self.ledgers = []
-        for batch in (2, 3):
-            self.ledgers.append(
-                cl.rehearse(*cl.resolve_plan(asked(model, size, batch_size=batch, **options)), sampling=False)
-            )
-            progress.update()
-        parts = self.ledgers[0].split("training")
-        self.stays = sum(parts[kind] for kind in ("weights", "adapters", "optimizer"))
-        self.allocator = parts["allocator"] / sum(parts[kind] for kind in cl.KINDS)
-        self.flops = at_batch(*self.ledgers, 1).flops
-
-    def training(self, batch):
-        return sum(at_batch(*self.ledgers, batch).split("training").values())
-
-
-class Estimated(Capacity):
-    """From rehearsals with two and three of the model's blocks, on one and on two clips; the allocator's share is given."""
-
-    def __init__(self, model, size, options, allocator):
-        super().__init__(model, size, options)
-        one, two = (
-            cl.from_few_blocks(*cl.resolve_plan(asked(model, size, batch_size=batch, **options))) for batch in (1, 2)
-        )
-        (self.of_one, _, stays, self.flops), (self.of_two, *_) = one, two
-        self.stays, self.allocator = sum(stays.values()), allocator
-
-    def training(self, batch):
-        tensors = self.of_one + (batch - 1) * (self.of_two - self.of_one)
-        return tensors * (1 + self.allocator) + cl.CONTEXT_GIB
-
-
-def cell_of(need, vram, mark=""):
+def cell_of(need, vram):
     """What fits, as a cell of the table, or None."""
     batch = largest(need, vram)
-    return f"{mark}{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}" if batch else None
+    return f"{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}" if batch else None
 
 
 def row_of_capacity(model, options, native):
     """A cell for each card: the native size, or else the largest of the ladder that fits."""
-    ladder, smaller = LADDER.get(model, LADDER["2b"]), {}
-
-    def estimated(size):
-        if size not in smaller:
-            smaller[size] = Estimated(model, size, options, native.allocator)
-        return smaller[size]
-
+    ladder = LADDER.get(model, LADDER["2b"])
+    smaller = functools.cache(lambda size: native if size == native.size else Capacity(model, size, options))
     cells = []
     for vram in CAPACITY:
-        cell = cell_of(native, vram)
-        if not cell and estimated(ladder[-1])(1) > vram:
-            cell = f"none: ~{estimated(ladder[-1])(1):.1f} for {'x'.join(map(str, ladder[-1]))}"
-        for size in ladder[1:]:
-            cell = cell or cell_of(estimated(size), vram, "~")
-        cells.append(cell)
+        cell = next((cell for size in ladder if (cell := cell_of(smaller(size), vram))), None)
+        cells.append(cell or f"none: {smaller(ladder[-1])(1):.1f} for {'x'.join(map(str, ladder[-1]))}")
     return cells
 
 
@@ -367,29 +326,27 @@ def capacity(models):
     """Print what fits on cards of several sizes, what batches 6 and 8 need, and what gradient checkpointing saves and costs."""
     from tqdm import tqdm
 
-    print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. The native size: from two "
-          "rehearsals of the whole\nmodel, in which each piece of memory grows by the same bytes with each clip. ~: told from "
-          "two and three blocks, and the allocator's share\nat the native size.\n")  # fmt: skip
+    print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. What batches above 1 need is "
+          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip.\n")  # fmt: skip
     print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
     print("| --- |" + " --- |" * len(CAPACITY), flush=True)
     trade, claim = [], []
     claimed = [(model, method) for model in ("2b", "5b") if model in models for method in ("lora", "full")]
-    with tqdm(total=2 * len(METHODS) * len(models) + len(claimed), unit="rehearsal", smoothing=0) as progress:
+    with tqdm(total=len(METHODS) * len(models), unit="row", smoothing=0) as progress:
         for model in models:
             for name, options in METHODS.items():
                 progress.set_description(f"{model} {name}")
                 size = LADDER.get(model, LADDER["2b"])[0]
-                need = Rehearsed(model, size, options, progress)
+                need = Capacity(model, size, options)
                 cells = row_of_capacity(model, options, need)
                 tqdm.write(f"| {model} {name} | {' | '.join(cells)} |", file=sys.stdout)
                 sys.stdout.flush()
-                without = Estimated(model, size, {**options, "gradient_checkpointing": False}, need.allocator)
+                without = Capacity(model, size, {**options, "gradient_checkpointing": False})
                 trade.append((f"{model} {name}", need, without))
                 if (model, name) in claimed:
-                    config = cl.resolve_plan(asked(model, size, batch_size=8, **options))
-                    of_8 = sum(cl.rehearse(*config, sampling=False).split("training").values())
-                    progress.update()
+                    of_8 = sum(need.rehearsed(8).split("training").values())
                     claim.append((f"{model} {name}", need, of_8))
+                progress.update()
     if claim:
         print('\n"Batch 6-8 on 80 GB", 49x480x720, predicted GiB of training; batch 8 rehearsed once more, itself\n')
         print("| model, method | batch 6 | batch 8 | rehearsed | largest batch | the claim |")
@@ -399,12 +356,13 @@ def capacity(models):
         verdict = "holds" if most >= 8 else f"holds up to {most}" if most >= 6 else "does not hold"
         print(f"| {name} | {need.training(6):.1f} | {need.training(8):.1f} | {of_8:.1f} | {most} | {verdict} |")
     print("\nGradient checkpointing at the native size, predicted: GiB of training on one clip, work of a step, largest batch in "
-          "80 GB. ~ as above\n")  # fmt: skip
+          "80 GB\n")  # fmt: skip
     print("| model, method | GiB with | without | FLOP a step with | without | more work | batch with | without |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, need, without in trade:
-        print(f"| {name} | {need.training(1):.1f} | ~{without.training(1):.1f} | {need.flops:.3g} | {without.flops:.3g} "
-              f"| {100 * (need.flops / without.flops - 1):+.0f} % | {largest(need, 80)} | ~{largest(without, 80)} |")  # fmt: skip
+        a, b = need.one.flops, without.one.flops
+        print(f"| {name} | {need.training(1):.1f} | {without.training(1):.1f} | {a:.3g} | {b:.3g} "
+              f"| {100 * (a / b - 1):+.0f} % | {largest(need, 80)} | {largest(without, 80)} |")  # fmt: skip
 
 
 def main():

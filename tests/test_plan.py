@@ -20,7 +20,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def rehearsed():
-    """(model, blocks, fields) -> Ledger of a training step, each made once. blocks: None for all."""
+    """(model, blocks, fields) -> Ledger of a training step, each made once, of so many blocks of a published model."""
     made = {}
 
     def ledger(model, blocks, **fields):
@@ -36,7 +36,7 @@ def rehearsed():
 def most_bytes(ledger, kind):
     """Most that was held of one kind."""
     now = most = 0
-    for memory, taken in ledger.events:
+    for memory, taken, _ in ledger.events:
         if memory.kind == kind:
             now += memory.bytes if taken else -memory.bytes
             most = max(most, now)
@@ -97,7 +97,7 @@ def test_weights_are_kept_in_16_bits_beside_a_table_of_positions(rehearsed):
 
 
 def test_adapters_gradients_and_states_have_the_sizes_of_their_closed_forms(rehearsed):
-    ledger = rehearsed("5b", None, method="qlora")
+    ledger = rehearsed("5b", 42, method="qlora")
     adapters = 42 * 8 * 3072 * 32 * 4  # layers, A and B of four matrices, width, rank, bytes
     assert most_bytes(ledger, "adapters") == most_bytes(ledger, "gradients") == adapters
     assert most_bytes(ledger, "optimizer") == pytest.approx(2 * adapters, rel=1e-3)  # AdamW's two moments, and counters
@@ -107,18 +107,18 @@ def test_nf4_has_the_size_of_its_closed_form(rehearsed):
     """4 + 8/64 + 32/(64 * 256) bits for each weight of attention and feed-forward, 16 for each other."""
     blocks = 42 * 12 * 3072**2
     weights = blocks * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + (5_570_283_072 - blocks) * 2
-    assert most_bytes(rehearsed("5b", None, method="qlora"), "weights") == pytest.approx(weights, rel=1e-3)
+    assert most_bytes(rehearsed("5b", 42, method="qlora"), "weights") == pytest.approx(weights, rel=1e-3)
 
 
 def test_with_checkpointing_each_blocks_input_stays_until_backward(rehearsed):
     inputs = 42 * (17_550 + 226) * 3072 * 2
-    at_the_peak = rehearsed("5b", None, method="qlora").split("training")["saved activations"]
+    at_the_peak = rehearsed("5b", 42, method="qlora").split("training")["saved activations"]
     assert at_the_peak * cl.GIB == pytest.approx(inputs, rel=0.01)
 
 
 def test_the_work_of_a_step_is_that_of_its_matrix_products(rehearsed):
     """The count on paper leaves out adapters, adaLN, and projections in and out."""
-    found = rehearsed("5b", None, method="qlora").flops
+    found = rehearsed("5b", 42, method="qlora").step_flops()
     assert found == pytest.approx(sum(flops_on_paper("5b", "qlora", 49, 480, 720)), rel=0.05)
 
 
@@ -126,7 +126,7 @@ def test_without_checkpointing_activations_of_all_blocks_stay_and_less_is_comput
     with_ = rehearsed("2b", 4, method="lora")
     without = rehearsed("2b", 4, method="lora", gradient_checkpointing=False)
     assert most_bytes(without, "saved activations") > 8 * most_bytes(with_, "saved activations")
-    assert 0.6 * with_.flops < without.flops < 0.8 * with_.flops
+    assert 0.6 * with_.step_flops() < without.step_flops() < 0.8 * with_.step_flops()
 
 
 def test_offloaded_activations_are_not_on_the_card(rehearsed):
@@ -144,18 +144,31 @@ def test_the_optimizer_inside_backward_never_has_all_gradients(rehearsed):
     assert most_bytes(fused, "gradients") < 0.2 * most_bytes(ordinary, "gradients")
 
 
-@pytest.mark.parametrize("fields", [
-    dict(method="lora", gradient_checkpointing=False), dict(method="full", fused_backward=True),
-    dict(method="full", fused_backward=False),
+def stream(ledger):
+    """What was taken and given back, in order, of more than 2 KiB: (bytes, kind, whether taken, number of the piece). Below are
+    vectors as long as the model has tensors, such as that of their norms, and what libraries take once in a process."""
+    pieces = {}
+    return [
+        (m.bytes, m.kind, taken, pieces.setdefault(m, len(pieces))) for m, taken, _ in ledger.events if m.bytes > 2048
+    ]
+
+
+@pytest.mark.parametrize("model, fields", [
+    ("5b", dict(method="lora")),
+    ("2b", dict(method="lora", gradient_checkpointing=False, ema=0.99)),
+    ("2b", dict(method="qlora", batch_size=2, micro_batch_size=1, offload_activations=True)),
+    ("1.5", dict(method="qlora", lora_targets="all")),
+    ("2b", dict(method="full")),
+    ("2b", dict(method="full", trained_dtype="float32", fused_backward=False, l2_to_base=0.1)),
+    ("2b", dict(method="full", optimizer="adamw8bit", gradient_checkpointing=False)),
 ], ids=str)  # fmt: skip
-def test_two_and_three_blocks_tell_what_more_do(rehearsed, fields):
-    whole = rehearsed("2b", 5, **fields)
-    config, base = cl.resolve_plan(cl.Config(model=LARGE["2b"], **fields))
-    base = dataclasses.replace(base, transformer={**base.transformer, "num_layers": 5})
-    peak, _, stays, flops = cl.from_few_blocks(config, base)
-    assert peak * cl.GIB == pytest.approx(whole.peak_bytes("training"), rel=0.005)
-    assert flops == pytest.approx(whole.flops, rel=1e-6)
-    assert all(gib * cl.GIB == pytest.approx(most_bytes(whole, kind), rel=1e-3, abs=1e6) for kind, gib in stays.items())
+def test_five_blocks_tell_what_more_do_piece_by_piece(model, fields):
+    config, base = cl.resolve_plan(cl.Config(model=LARGE[model], frames=17, height=128, width=192, **fields))
+    whole, told = cl.rehearse(config, base, 9), cl.rehearse(config, base, 5).of_blocks(9)
+    assert told.step_flops() == whole.step_flops()
+    assert stream(told) == stream(whole)
+    for phase in ("training", "sampling"):
+        assert told.split(phase) == pytest.approx(whole.split(phase), abs=0.005)
 
 
 # ------------------------------------------------------------------------------------------------------- the allocator
@@ -247,13 +260,15 @@ def test_real_steps_allocate_what_was_predicted(case, midsize, tmp_path):
         folder, fields = midsize, dict(dict(frames=17, height=256, width=256, batch_size=1), **fields)
     config = cl.Config(model=str(folder), cache=str(tmp_path), **fields)
     resolved, base = cl.resolve_plan(config)
-    predicted = cl.rehearse(resolved, base, card=False, sampling=False).peak_bytes("training")
+    predicted = cl.rehearse(resolved, base, base.transformer["num_layers"], card=False, sampling=False).peak_bytes(
+        "training"
+    )
     assert predicted == pytest.approx(measured_peak(config, tmp_path), rel=0.03)
 
 
 def test_the_stand_in_for_nf4_is_as_large_as_what_bitsandbytes_makes(midsize):
     config, base = cl.resolve_plan(cl.Config(method="qlora", model=str(midsize)))
-    parts = cl.rehearse(config, base, card=False, sampling=False).split("training")
+    parts = cl.rehearse(config, base, base.transformer["num_layers"], card=False, sampling=False).split("training")
     real = cl.load_quantized(base, "transformer", torch.float32, torch.device("cpu"))
     tensors = [*real.parameters(), *real.buffers()]
     for module in real.modules():
@@ -302,32 +317,29 @@ def test_a_plan_has_every_phase_in_parts_that_add_up():
     assert set(planned.phases["training"]) - set(alone.phases["training"]) == {"allocator", "context"}
 
 
-def test_what_fits_is_found_by_turning_knobs_and_planned_in_full(midsize, monkeypatch):
+def test_what_fits_is_found_by_turning_knobs(midsize, monkeypatch):
     monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
     asked = cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2)
-    planned = cl.plan(asked)
-    changes, found = cl.fitting(planned, 0.6 * planned.peak_gib)
-    assert changes and found.peak_gib <= 0.6 * planned.peak_gib
-    again = cl.plan(cl.changed(asked, **changes))
-    assert again.peak_gib == pytest.approx(found.peak_gib, rel=1e-3)
-    changes, least = cl.fitting(planned, 1e-3)
+    planned_with = cl.planner(asked)
+    vram = 0.6 * planned_with().peak_gib
+    changes, found = cl.fitting(planned_with, vram)
+    assert changes and found.peak_gib <= vram
+    assert cl.plan(cl.changed(asked, **changes)).peak_gib == found.peak_gib
+    changes, least = cl.fitting(planned_with, 1e-3)
     assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
 
 
-def test_what_proves_needless_in_the_end_is_not_given_up(monkeypatch):
+def test_what_proves_needless_in_the_end_is_not_given_up():
     """Shorter clips lower the peak a little, smaller ones are enough by themselves."""
 
-    def gib(given):
-        return 30 - 2 * (given("frames") is not None) - 20 * (given("height") is not None)
+    def planned_with(**changes):
+        gib = 30 - 2 * ("frames" in changes) - 20 * ("height" in changes)
+        config = cl.Config(method="lora", model=LARGE["5b"])
+        return cl.Plan(config, cl.resolve_plan(config, **changes)[0], {"caching": {"working space": gib}}, 0)
 
-    def planned_in_full(config):
-        return cl.Plan(config, config, {"caching": {"working space": gib(lambda name: getattr(config, name))}}, 0)
-
-    monkeypatch.setattr(cl, "estimate", lambda planned, **changes: {"caching": gib(changes.get)})
-    monkeypatch.setattr(cl, "plan", planned_in_full)
-    changes, found = cl.fitting(planned_in_full(cl.Config(method="lora", model=LARGE["5b"])), 24)
+    changes, found = cl.fitting(planned_with, 24)
     assert set(changes) == {"height", "width"} and found.peak_gib == 10
-    changes, _ = cl.fitting(planned_in_full(cl.Config(method="lora", model=LARGE["5b"])), 9)
+    changes, _ = cl.fitting(planned_with, 9)
     assert set(changes) == {"frames", "height", "width"}
 
 
@@ -402,7 +414,7 @@ def test_a_step_on_any_batch_follows_from_those_on_two_and_three(rehearsed, meth
 
     ledgers = {batch: rehearsed("2b", 2, method=method, batch_size=batch) for batch in (2, 3, 7)}
     found = at_batch(ledgers[2], ledgers[3], 7)
-    assert found.events and found.flops == ledgers[7].flops
+    assert found.events and found.step_flops() == ledgers[7].step_flops()
     assert found.split("training") == ledgers[7].split("training")
 
 
