@@ -1,4 +1,4 @@
-"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory and samples a second.
+"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory, beside the plan's, and samples a second.
 
     python tests/bench_gpu.py                        every row at 49x480x720
     python tests/bench_gpu.py 5b-qlora --steps 5 --cap-gib 0      some rows; 0 is no cap
@@ -32,10 +32,15 @@ def row(name, method, folder, cap_gib, steps, batch_size):
     cl.quiet_libraries()
     config, base, _ = cl.resolve(cl.Config(method=method, model=str(folder), warmup=1, batch_size=batch_size))
     accelerator = Accelerator(mixed_precision="no")
-    dtype, _ = cl.choose_compute_dtype(accelerator.device, base)
+    dtype, why = cl.choose_compute_dtype(accelerator.device, base)
+    print(f"{name} {method}: {dtype}, {why}", file=sys.stderr)
     config.frames, config.height, config.width, config.compute_dtype = *SIZE, str(dtype).removeprefix("torch.")
     found = {"model": name, "method": method, "size": "x".join(map(str, SIZE)), "batch": batch_size, "cap_gib": cap_gib,
              "card": torch.cuda.get_device_name(), "optimizer": config.optimizer, "arithmetic": config.compute_dtype}  # fmt: skip
+    planned = cl.Config(
+        method=method, model=f"THUDM/CogVideoX-{name}", batch_size=batch_size, compute_dtype=config.compute_dtype
+    )
+    found["predicted_gib"] = cl.plan(planned).needs_gib["training"] - cl.CONTEXT_GIB
     try:
         trainer = cl.Trainer(config, base, cache_of_noise(folder / "cache", *SIZE), accelerator)
         found["loaded_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -79,10 +84,16 @@ def main():
             continue
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(found[-1]), flush=True)
-    print("\n| model, method | batch | peak GiB | samples/s |\n| --- | ---: | ---: | ---: |")
+    cap = f"capped at {args.cap_gib:g} GiB" if args.cap_gib else "no cap"
+    print(f"\n{found[0]['card'] if found else 'no row'}, {cap}, {'x'.join(map(str, SIZE))}, random weights:\n")
+    print(
+        "| model, method | arithmetic | batch | peak GiB | samples/s | peak predicted |\n| --- | --- | ---: | ---: | ---: | ---: |"
+    )
     for r in found:
         figures = "out of memory | " if r["peak_gib"] is None else f"{r['peak_gib']:.1f} | {r['samples_per_s']:.3f}"
-        print(f"| {r['model']} {r['method']} ({r['optimizer']}) | {r['batch']} | {figures} |")
+        print(
+            f"| {r['model']} {r['method']} ({r['optimizer']}) | {r['arithmetic']} | {r['batch']} | {figures} | {r['predicted_gib']:.1f} |"
+        )
 
 
 if __name__ == "__main__":

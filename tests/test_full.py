@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -183,10 +184,25 @@ def test_several_processes_and_the_optimizer_inside_backward_are_refused(quick, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(cl.UserError, match="drift apart"):
         cl.resolve(quick(method="full", fused_backward=True))
-    assert cl.resolve(quick(method="full"))[0].fused_backward is False
+
+
+@pytest.mark.parametrize("processes, fields, words", [
+    ("2", {}, "averaged over processes"), ("1", dict(batch_size=2, micro_batch_size=1), "summed up over --micro-batch-size"),
+])  # fmt: skip
+def test_a_large_model_that_cannot_step_inside_backward_says_why(quick, monkeypatch, processes, fields, words):
+    monkeypatch.setattr(cl.Base, "large", True)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    config, _, why = cl.resolve(quick(method="full", **fields))
+    assert config.fused_backward is False and any(words in reason for _, reason in why)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_lion_takes_a_fifth_of_the_recipes_rate_unless_told_otherwise(quick):
+    for lr, expected in ((None, 2e-5), (3e-4, 3e-4)):
+        config = cl.resolve(cl.Config(model=str(NANO), method="full", optimizer="lion8bit", lr=lr))[0]
+        assert config.lr == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -228,10 +244,15 @@ def test_stock_diffusers_with_the_saved_transformer_gives_our_samples_pixel_for_
     assert (got - before).abs().max() > 1e-3
 
 
-def test_the_average_follows_its_recursion_and_is_what_the_run_gives(quick):
+def test_the_average_follows_its_recursion_and_is_what_the_run_gives(quick, monkeypatch):
     """Against the recursion written out, with the warm-up of diffusers' EMAModel, over the weights of every step."""
-    seen = []
-    trainers = []
+    seen, trainers, devices = [], [], []
+    make = cl.Average.__init__
+    monkeypatch.setattr(
+        cl.Average,
+        "__init__",
+        lambda self, p, decay, device=None: devices.append(device) or make(self, p, decay, device),
+    )
 
     class Remember(cl.Trainer):
         def __init__(self, *args):
@@ -244,6 +265,7 @@ def test_the_average_follows_its_recursion_and_is_what_the_run_gives(quick):
         run = cl.train(config, callbacks=[lambda _: seen.append([p.detach().clone() for p in trainers[0].parameters])])
     finally:
         cl.Trainer = original
+    assert devices == ["cpu"]  # as asked, on a card too
     base = cl.find_base(config.model).load("transformer", torch.float32)
     expected = [p.detach().double() for p in base.parameters()]
     for step, now in enumerate(seen):
@@ -374,6 +396,68 @@ def test_weights_compute_in_the_dtype_of_their_input_and_get_gradients_in_their_
     assert (grads - true_grads).norm() < 0.02 * true_grads.norm()
 
 
+def test_converted_weights_are_not_kept_for_backward(tiny):
+    """Of weights in bf16 and arithmetic in float32: autograd keeps the weights as they are stored."""
+    base = cl.find_base(str(tiny("5b")))
+    model = base.load("transformer", torch.bfloat16).requires_grad_(True)
+    cl.compute_in_dtype_of_input(model, torch.float32)
+    rotary = cl.rotary_embedding(base, model, 9, 32, 32, "cpu")
+    linear = {m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    kept = []
+    noisy, text = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 12, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, t.shape)) or t, lambda t: t):
+        model(noisy, text, torch.tensor([10, 500]), image_rotary_emb=rotary).sample.square().mean().backward()
+    assert {dtype for dtype, shape in kept if shape in linear} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("slow, quick_one", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_probe_chooses_the_arithmetic_that_is_faster_and_says_so(monkeypatch, slow, quick_one):
+    multiply = torch.Tensor.__matmul__
+
+    def delayed(a, b):
+        if a.dtype == slow:
+            time.sleep(0.05)
+        return multiply(a[:1], b)
+
+    monkeypatch.setattr(cl.Base, "large", True)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", delayed)
+    dtype, why = cl.choose_compute_dtype(torch.device("cpu"), cl.find_base(str(NANO)))
+    assert dtype == quick_one and "on this processor" in why
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_t5_in_16_bits_computes_in_float32_and_keeps_its_weights_as_they_are(stored):
+    """Against the same weights converted whole."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    def coded(model):
+        return model(AutoTokenizer.from_pretrained(NANO / "tokenizer")("a red spider", return_tensors="pt").input_ids)[
+            0
+        ]
+
+    kept = T5EncoderModel.from_pretrained(NANO / "text_encoder", dtype=stored)
+    whole = T5EncoderModel.from_pretrained(NANO / "text_encoder", dtype=stored).float()
+    before = [p.clone() for p in kept.parameters()]
+    cl.convert_while_running(kept, torch.float32)
+    with torch.no_grad():
+        got, truth = coded(kept), coded(whole)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, truth, atol=1e-6, rtol=1e-5)
+    for (name, p), old in zip(kept.named_parameters(), before):
+        assert torch.equal(p.float(), old.float()) and (p.dtype == old.dtype or "final_layer_norm" in name)
+
+
+def test_a_large_models_t5_stays_in_16_bits_where_the_arithmetic_is_float32(monkeypatch):
+    found = []
+    original = cl.convert_while_running
+    monkeypatch.setattr(cl.Base, "large", True)
+    monkeypatch.setattr(
+        cl, "convert_while_running", lambda t5, dtype: found.append((t5.dtype, dtype)) or original(t5, dtype)
+    )
+    embeds = cl.encode_prompts(cl.find_base(str(NANO)), ["a red spider"], torch.device("cpu"), torch.float32)
+    assert found == [(torch.float16, torch.float32)] and embeds[0].dtype == torch.float32
+
+
 def test_a_large_model_keeps_its_16_bits_where_the_arithmetic_is_float32(tiny, monkeypatch):
     base = cl.find_base(str(NANO))
     assert cl.frozen_dtype(base, torch.float32) == torch.float32
@@ -384,10 +468,12 @@ def test_a_large_model_keeps_its_16_bits_where_the_arithmetic_is_float32(tiny, m
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("computed", ["float32", "bfloat16"])
-def test_every_method_trains_in_either_arithmetic_on_any_machine(quick, method, computed):
+def test_every_method_trains_in_either_arithmetic_on_any_machine_and_says_which(quick, method, computed, capsys):
     run = cl.train(quick(method=method, compute_dtype=computed, lr=1e-3, steps=3, checkpoint_every=3))
     assert run.config.compute_dtype == computed
     assert all(math.isfinite(m["loss"]) for m in run.metrics)
+    told = capsys.readouterr().out
+    assert f"{computed}: asked for" in told and ("in which no step is too small" in told) == (method == "full")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

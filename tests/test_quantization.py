@@ -106,8 +106,12 @@ def test_a_quantized_nanos_prediction_is_near_the_plain_ones(nano, inputs, dtype
 
 
 def test_gradients_reach_every_adapter_through_checkpoints_in_train_and_eval_mode(inputs):
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.bnb import Linear4bit
+
     quantized = cl.load_quantized(cl.find_base(str(NANO)), "transformer", torch.float32, torch.device("cpu"))
     parameters = cl.add_lora(quantized, 4, 4.0, 0)
+    assert {type(m) for m in quantized.modules() if isinstance(m, LoraLayer)} == {Linear4bit}
     for p in parameters:  # B starts as zero, and gives A no gradient then
         torch.nn.init.normal_(p, std=0.02)
     found = {}
@@ -180,9 +184,57 @@ print(sum("cogvideox-nano/transformer" in line for line in open("/proc/self/maps
     assert done.stdout.strip() == "0", done.stderr
 
 
-def test_samples_of_a_run_come_from_the_quantized_model_that_was_trained(quick, monkeypatch):
-    drawn, sampled = {}, []
-    save, generate = cl.save_samples, cl.generate
+def test_each_matrix_is_quantized_before_the_next_is_read(tiny, tmp_path, monkeypatch):
+    """From several shards: of the matrices that become NF4, at most the one just read is alive in 16 bits."""
+    import shutil
+    import weakref
+
+    import safetensors
+
+    shutil.copytree(tiny("5b"), tmp_path / "sharded")
+    base = cl.find_base(str(tmp_path / "sharded"))
+    transformer = base.load("transformer", torch.bfloat16)
+    shutil.rmtree(base.folder / "transformer")
+    transformer.save_pretrained(base.folder / "transformer", max_shard_size="20KB")
+    assert len(list((base.folder / "transformer").glob("*.safetensors"))) > 3
+    read, alive = [], []
+
+    class Watching:
+        def __init__(self, *args, **kwargs):
+            self.opened = original(*args, **kwargs)
+
+        def __enter__(self):
+            self.file = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, key):
+            tensor = self.file.get_tensor(key)
+            alive.append(sum(other() is not None for other in read))
+            if cl.QUANTIZED["transformer"].fullmatch(key.removesuffix(".weight")):
+                read.append(weakref.ref(tensor))
+            return tensor
+
+    original = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", Watching)
+    quantized = cl.load_quantized(base, "transformer", torch.float32, "cpu")
+    assert len(read) == len(four_bit_layers(quantized)) and max(alive) <= 1
+
+
+def test_a_base_has_the_same_four_bits_whatever_the_arithmetic():
+    base = cl.find_base(str(NANO))
+    a, b = (cl.load_quantized(base, "transformer", dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
+    assert same_bytes(weight_bytes(a), weight_bytes(b))
+
+
+def test_samples_of_a_run_come_from_the_very_model_that_was_trained(quick, monkeypatch):
+    drawn, sampled, trained = {}, [], []
+    save, generate, make = cl.save_samples, cl.generate, cl.Trainer.__init__
     monkeypatch.setattr(
         cl,
         "save_samples",
@@ -191,11 +243,13 @@ def test_samples_of_a_run_come_from_the_quantized_model_that_was_trained(quick, 
     monkeypatch.setattr(
         cl, "generate", lambda pipe, *rest, **kw: sampled.append(pipe.transformer) or generate(pipe, *rest, **kw)
     )
+    monkeypatch.setattr(
+        cl.Trainer, "__init__", lambda self, *args: make(self, *args) or trained.append(self.transformer)
+    )
     run = cl.train(quick("5b", method="qlora"))
+    assert sampled == trained * 2 and len(four_bit_layers(trained[0])) == 6 * 2  # before and after; 2 blocks
     again = cl.sample(run.folder, run.config.validation_prompts)
-    assert len(sampled) == 3 and all(
-        len(four_bit_layers(t)) == 6 * 2 for t in sampled
-    )  # before, after, again; 2 blocks
+    assert len(four_bit_layers(sampled[2])) == 6 * 2
     assert torch.equal(again[0], drawn["after"][0])
     assert not torch.equal(drawn["before"][0], drawn["after"][0])
 
@@ -260,6 +314,29 @@ def test_prompts_coded_in_few_bits_are_near_those_coded_in_full(bits, bound):
     assert 0 < (coarse - plain).norm() < bound * plain.norm()
 
 
+@pytest.mark.parametrize("bits", [None, "4bit", "8bit"])
+def test_no_weight_of_t5_outlives_the_coding_of_prompts(monkeypatch, bits):
+    import gc
+    import weakref
+
+    weights = []
+    for name in ("load_quantized", "convert_while_running"):
+        original = getattr(cl, name)
+
+        def noting(*args, original=original):
+            result = original(*args)
+            weights.extend(weakref.ref(p) for p in (args[0] if result is None else result).parameters())
+            return result
+
+        monkeypatch.setattr(cl, name, noting)
+    gc.disable()  # or it might come by itself
+    try:
+        cl.encode_prompts(cl.find_base(str(NANO)), ["a red spider"], torch.device("cpu"), torch.float32, bits)
+    finally:
+        gc.enable()
+    assert weights and all(weight() is None for weight in weights)
+
+
 def test_prompts_in_few_bits_have_cache_files_of_their_own(quick):
     plain = cl.cache_clips(quick("5b"))
     coarse = cl.cache_clips(quick("5b", quantize_text_encoder="4bit"))
@@ -273,5 +350,7 @@ def test_qlora_ends_near_loras_heldout_loss_on_the_nano(quick, nano_cache):
     for method in ("lora", "qlora"):
         config = quick(method=method, **shared)
         summaries[method] = cl.train(cl.dataclasses.replace(config, out=f"{config.out}-{method}")).summary
-    gain = {method: s["heldout_before"] - s["heldout_after"] for method, s in summaries.items()}
-    assert gain["lora"] > 0 and gain["qlora"] > 0.7 * gain["lora"]
+    lora, qlora = summaries["lora"], summaries["qlora"]
+    gain = lora["heldout_before"] - lora["heldout_after"]
+    assert gain > 0 and qlora["heldout_before"] > lora["heldout_before"]
+    assert qlora["heldout_after"] - lora["heldout_after"] < 0.2 * gain
