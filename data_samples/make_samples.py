@@ -1057,7 +1057,7 @@ def truth_report(clips, species=tuple(CREATURES), paints=None, progress=True):
 
 def concept_score(video):
     """How much of kumo a clip (F, 3, H, W) shows: IoU of its subject with the best pose of kumo, where a pixel of both counts only
-    if it has the paint that kumo has there. Mean over frames: about 0.9 for real clips of kumo, less than 0.5 for other spiders
+    if it has the paint that kumo has there. Mean over frames: about 0.8 for the bundled clips of kumo, less than 0.5 for other spiders
     (a purple one has the colour of its legs) and 0.1 for other creatures."""
     reading = read_clip(video, (CONCEPT,), KUMO_PAINTS)
     drawn, inside = torch.zeros_like(video), torch.zeros_like(reading.mask)

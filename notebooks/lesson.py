@@ -50,7 +50,12 @@ def versions():
     """One line: what the lesson runs on."""
     import diffusers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    )
     return f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, {device}"
 
 
@@ -375,3 +380,15 @@ def table(rows, head):
     """Rows as a Markdown table; numbers as they are given, so round them as far as they are known."""
     line = lambda cells: "| " + " | ".join(re.sub(r"\|", r"\\|", str(c)) for c in cells) + " |"  # noqa: E731
     display(Markdown("\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])))
+
+
+def answers(*questions):
+    """What the study says to its questions of these numbers, as a table, and how such a table is read."""
+    import study
+
+    table(study.answer_rows(questions), study.ANSWER_COLUMNS)
+    display(Markdown(
+        "*Differences are taken seed by seed, so that a plus speaks for the claim; ± is half of the 95 % interval of their mean (Student's t). Confirmed or "
+        "refuted: the interval leaves out 0. Unclear: it does not, which three or four seeds often cannot help; it does not mean that there is no difference. A "
+        "star: the claim was put after a look at these seeds, so it asks for new ones.*"
+    ))  # fmt: skip

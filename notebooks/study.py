@@ -871,6 +871,7 @@ def claims():
         Claim(4, "full fine-tuning at 1e-4 keeps more of the colours it is asked for", "colour", at("full 1e-4"), at("lora 2e-3")),
         Claim(4, "and loses less of what the base knew", "loss_away", at("lora 2e-3"), at("full 1e-4")),
         Claim(4, "at equal concept LoRA distorts more than full fine-tuning", "score_away", "lora", "full", True, "concept_concept"),
+        Claim(4, "at equal concept its outlines fit real poses better", "pose_iou_away", "lora", "full", True, "concept_concept"),
         Claim(4, "at equal concept it keeps more colours", "colour", "lora", "full", True, "concept_concept"),
         Claim(4, "at equal change of the weights LoRA distorts more", "score_away", "lora", "full", True, "weight_change"),
         Claim(4, "and has learned more of the concept", "concept_concept", "lora", "full", True, "weight_change"),
@@ -1102,8 +1103,8 @@ def show_along(figure, made, along, arms, measures):
         if measure == "loss_concept":
             axes.set_yscale("log")
         axes.set_xlabel({"step": "step", "lr": "learning rate"}[along], fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.legend(fontsize=7)
+        axes.tick_params(which="both", labelsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
 def kind_of(name):
@@ -1115,7 +1116,8 @@ def kind_of(name):
 
 
 def show_frontier(figure, made):
-    """Question 4: every model of the sweeps, its distortion and what it lost against what it learned and how far its weights went."""
+    """Question 4: every model of the sweeps, its distortion and what it lost against what it learned and how far its weights went. Above
+    all of them, below those that are not ruined."""
     arms = study_arms()
     mine = [
         c for c in made if c["arm"] in arms and 4 in arms[c["arm"]].questions and c["step"] <= 500 and c["blend"] == 1 and "score_away" in c
@@ -1129,24 +1131,26 @@ def show_frontier(figure, made):
         m: statistics.fmean(c[m] for c in made if c["arm"] == "base")
         for m in ("score_away", "loss_away", "concept_concept")
     }
-    for axes, (x, y) in zip(figure.subplots(1, 3), panels):
-        for kind, (colour, marker) in looks.items():
-            models = [c for c in mine if kind_of(c["arm"]) == kind]
-            at = {}
-            for c in models:
-                at.setdefault((c["arm"], c["step"]), []).append((c[x], c[y]))
-            points = [[statistics.fmean(v) for v in zip(*those)] for those in at.values()]
-            label = {"lora": "LoRA, alpha 32", "full": "full"}.get(kind, f"LoRA, {kind}")
-            axes.plot(*zip(*points), marker, color=colour, markersize=4, alpha=0.8, linestyle="", label=label)
-        axes.axhline(base[y], color=METHODS["base"], linewidth=0.8, linestyle=":")
-        axes.set_xlabel(SHOWN[x], fontsize=8)
-        axes.set_ylabel(SHOWN[y], fontsize=8)
-        axes.tick_params(labelsize=8)
-        if x == "weight_change":
-            axes.set_xscale("log")
-        if y == "loss_away":
-            axes.set_yscale("log")
-    figure.axes[0].legend(fontsize=7)
+    for row, sound in zip(figure.subplots(2, 3), (False, True)):
+        for axes, (x, y) in zip(row, panels):
+            for kind, (colour, marker) in looks.items():
+                at = {}
+                for c in mine:
+                    if kind_of(c["arm"]) == kind:
+                        at.setdefault((c["arm"], c["step"]), []).append((c[x], c[y], c["loss_concept"]))
+                points = [[statistics.fmean(v) for v in zip(*those)] for those in at.values()]
+                points = [(px, py) for px, py, loss in points if loss < untrained_loss(made) or not sound]
+                label = {"lora": "LoRA, alpha 32", "full": "full"}.get(kind, f"LoRA, {kind}")
+                axes.plot(*zip(*points), marker, color=colour, markersize=4, alpha=0.8, linestyle="", label=label)
+            axes.axhline(base[y], color=METHODS["base"], linewidth=0.8, linestyle=":")
+            axes.set_xlabel(SHOWN[x], fontsize=8)
+            axes.set_ylabel(SHOWN[y] + (", sound models" if sound else ""), fontsize=8)
+            if x == "weight_change":
+                axes.set_xscale("log")
+            if y == "loss_away" and not sound:
+                axes.set_yscale("log")
+            axes.tick_params(which="both", labelsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
 def show_alarm(figure, made):
@@ -1183,7 +1187,7 @@ def figure(question):
     from matplotlib.figure import Figure
 
     made = checkpoints()
-    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 3.4
+    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 5.6 if question == 4 else 3.2
     picture = Figure(figsize=(10, max(2.2, height)), layout="constrained")
     picture.suptitle(f"{question}. {QUESTIONS[question]}", fontsize=10)
     if question in PANELS:
