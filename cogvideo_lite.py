@@ -873,6 +873,8 @@ def encode_clips(base, missing, settings, device, dtype):
     from tqdm import tqdm
 
     vae, bad = base.load("vae", dtype).to(device), []
+    if base.large:
+        tile_beyond_own_size(vae)
     for clip, file in tqdm(missing.items(), desc="coding clips", unit="clip"):
         try:
             video = clip.video
@@ -886,6 +888,12 @@ def encode_clips(base, missing, settings, device, dtype):
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}{more}; {len(missing) - len(bad)} others were fine and are kept in the cache")
+
+
+def tile_beyond_own_size(vae):
+    """Let clips that are larger than what the VAE is configured for, such as those of CogVideoX1.5, be coded in overlapping tiles of that
+    size: whole, one of 81x768x1360 would take 30 GiB (predicted). Others are coded whole."""
+    vae.enable_tiling(vae.config.sample_height, vae.config.sample_width)
 
 
 def encode_prompts(base, prompts, device, dtype, quantize=None):
@@ -3055,8 +3063,11 @@ def rehearse_caching(config, base, card):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger.watch():
         ledger.begin("caching")
         take_memory(ledger, vae)
-        vae.encode(torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype))
-        del vae
+        clip = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
+        if base.large:  # one tile is coded here: beside its memory that for the codes of the others is nothing
+            clip = clip[..., : vae.config.sample_height, : vae.config.sample_width]
+        vae.encode(clip)
+        del vae, clip
         take_memory(ledger, text_encoder)
         text_encoder(torch.zeros(1, base.text_length, dtype=torch.long))
     return ledger

@@ -2,6 +2,7 @@
 
     python tests/regenerate_notebooks.py                      all of notebooks/
     python tests/regenerate_notebooks.py 00 04                those whose names begin so
+    python tests/regenerate_notebooks.py --addresses          only write REPOSITORY, below, into badges and setup cells: for a fork
 
 The .ipynb files are the source: edit their cells in any editor, then run this. Each is executed in a fresh copy of the tracked
 and new files, as a fresh clone has them: no coded clips, no runs. So the time that is measured, and written into the header
@@ -148,11 +149,18 @@ def write(path, notebook):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="how the files' names begin [all]")
+    parser.add_argument(
+        "--addresses", action="store_true", help="execute nothing; write REPOSITORY's address into them"
+    )
     args = parser.parse_args(argv)
     every = sorted((ROOT / "notebooks").glob("*.ipynb"))
     chosen = [p for p in every if not args.names or any(p.name.startswith(name) for name in args.names)]
     if not chosen:
         parser.error(f"no notebook's name begins with {' or '.join(args.names)}")
+    if args.addresses:
+        for path in chosen:
+            write(path, with_header(nbformat.read(path, as_version=4), path.name))
+        return 0
     where, total, failed = machine(), 0.0, []
     for path in chosen:
         try:

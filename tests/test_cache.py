@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEncoder3D
 from safetensors.torch import load_file
 
 import cogvideo_lite as cl
@@ -20,6 +21,32 @@ def test_a_cached_clip_is_the_posterior_that_diffusers_vae_gives(quick, clips):
         expected = vae.encode((first.video * 2 - 1).transpose(0, 1)[None]).latent_dist
     moments = load_file(str(cache.train[0][0]))["moments"]
     torch.testing.assert_close(moments, torch.cat([expected.mean, expected.logvar], dim=1)[0])
+
+
+@pytest.mark.parametrize("height, width, tiles", [(32, 80, 1), (48, 80, 1), (96, 160, 9)])
+def test_a_large_model_codes_clips_beyond_its_vaes_own_size_in_tiles_of_it(
+    height, width, tiles, quick, tmp_path, monkeypatch
+):
+    model = tmp_path / "model"
+    shutil.copytree(quick().model, model)
+    vae = json.loads((model / "vae/config.json").read_text())
+    (model / "vae/config.json").write_text(json.dumps(vae | {"sample_height": 48, "sample_width": 80}))
+    seen, forward = [], CogVideoXEncoder3D.forward
+    monkeypatch.setattr(
+        CogVideoXEncoder3D, "forward", lambda self, x, **kw: seen.append(x.shape) or forward(self, x, **kw)
+    )
+    monkeypatch.setattr(cl.Base, "large", True)
+    config, base, _ = cl.resolve(quick(model=str(model), height=height, width=width))
+    clip = cl.split_clips(config)[0][0]
+    cl.encode_clips(base, {clip: tmp_path / "moments"}, "", torch.device("cpu"), torch.float32)
+    assert len(seen) == tiles and max(s[-2] for s in seen) <= 48 and max(s[-1] for s in seen) <= 80
+    moments = cl.load_tensor(tmp_path / "moments", "moments")
+    assert moments.shape == (8, 3, height // 8, width // 8)
+    if tiles == 1:
+        vae = AutoencoderKLCogVideoX.from_pretrained(model, subfolder="vae")
+        with torch.no_grad():
+            whole = vae.encode((clip.video * 2 - 1).transpose(0, 1)[None]).latent_dist.parameters[0]
+        assert torch.equal(moments, whole)
 
 
 def test_a_cached_prompt_is_the_embedding_of_the_stock_pipeline(quick):

@@ -242,6 +242,20 @@ def test_regeneration_fills_the_running_time_and_where_the_repository_is():
     assert filled.cells[1].source.startswith(f'HOME = "https://github.com/{regenerate.REPOSITORY}"\n')
 
 
+def test_a_fork_writes_its_address_without_executing_anything(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    head = nbformat.v4.new_markdown_cell("# T\n\n[![Open in Colab](x)](y)\n\n| **Running time** | 3 s |")
+    setup = nbformat.v4.new_code_cell('HOME = "https://github.com/a/b"\n1 / 0', execution_count=7)
+    nbformat.write(made(head, setup), tmp_path / "notebooks/00_a.ipynb")
+    monkeypatch.setattr(regenerate, "ROOT", tmp_path)
+    monkeypatch.setattr(regenerate, "REPOSITORY", "someone/fork")
+    assert regenerate.main(["--addresses"]) == 0
+    after = nbformat.read(tmp_path / "notebooks/00_a.ipynb", 4)
+    assert "someone/fork/blob/main/notebooks/00_a.ipynb" in after.cells[0].source and "| 3 s |" in after.cells[0].source
+    assert after.cells[1].source == 'HOME = "https://github.com/someone/fork"\n1 / 0'
+    assert after.cells[1].execution_count == 7 and not after.cells[1].outputs
+
+
 @pytest.mark.parametrize(
     "seconds, words", [(59.4, "59 s"), (59.7, "1 min 0 s"), (119.7, "2 min 0 s"), (70, "1 min 10 s")]
 )

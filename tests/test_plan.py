@@ -281,6 +281,18 @@ def test_the_stand_in_for_nf4_is_as_large_as_what_bitsandbytes_makes(midsize):
     assert parts["weights"] * cl.GIB == pytest.approx(sum(storages.values()), rel=0.01)
 
 
+def test_coding_a_clip_beyond_the_vaes_own_size_takes_little_more_than_one_of_that_size():
+    def coding(height, width):
+        config, base = cl.resolve_plan(cl.Config(model=LARGE["1.5"], frames=81, height=height, width=width))
+        small = dict(base.text_encoder, num_layers=1, vocab_size=8)  # T5 needs more than the VAE
+        base = dataclasses.replace(base, text_encoder=small)
+        return sum(cl.rehearse_caching(config, base, True).split("caching").values())
+
+    own, beyond = coding(480, 720), coding(768, 1360)
+    pixels = 2 * 3 * 81 * (768 * 1360 - 480 * 720) / cl.GIB  # of the clip itself
+    assert own + 0.9 * pixels < beyond < own + 1.5 * pixels
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_t5_in_few_bits_takes_less(bits):
     config, base = cl.resolve_plan(cl.Config(model=LARGE["5b"], frames=9, height=64, width=64))
