@@ -1070,6 +1070,21 @@ def concept_score(video):
     return float((right.sum((1, 2)) / either).masked_fill(~reading.mask.any(2).any(1), 0).mean())
 
 
+OUTLINE_WHITE, OUTLINE_TEXTURE, PAINTED_TEXTURE = 0.02, 0.002, 0.016  # of clips that the VAE coded
+
+
+def style_score(video):
+    """How much of the outline style a clip (F, 3, H, W) has, the less of two shares: of the white that a creature has in that style, and
+    of the way of its ground from the texture of painted ones to none. About 1 for the bundled clips of the style and 0 for painted
+    ones; snow is white itself."""
+    grey = video.float().mean(dim=1, keepdim=True)
+    mean = F.avg_pool2d(grey, 3, 1)
+    texture = float((F.avg_pool2d(grey**2, 3, 1) - mean**2).clamp_min(0).sqrt().flatten(1).median(dim=1).values.mean())
+    flat = (PAINTED_TEXTURE - texture) / (PAINTED_TEXTURE - OUTLINE_TEXTURE)
+    white = float((video.amin(dim=1) > 0.8).float().mean()) / OUTLINE_WHITE
+    return min(max(0.0, flat), white, 1.0)
+
+
 def subject_iou(video):
     """IoU of whatever is not ground in a clip (F, 3, H, W) with the best pose of any creature, kumo included; mean over frames. It
     needs no colour, so it also reads subjects of several: about 0.9 for real clips."""

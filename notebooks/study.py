@@ -3,6 +3,7 @@
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
     python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
+    python notebooks/study.py style         how many steps does a style take, by LoRA and by full fine-tuning?     (20 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
     python notebooks/study.py pictures      small contact sheets of the arms that differ in rate and steps, for the lessons
     python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
@@ -334,6 +335,7 @@ CASE = dict(
 LORA = dict(method="lora", rank=32, alpha=32.0)
 FULL = dict(method="full")
 EVERY = (125, 250, 500, 1000, 2000, 4000)  # steps
+LONG = (6000, 10_000, 20_000)  # of arms that go on: runs of their own, since a run takes half an hour
 FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3)
 LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 SAMPLING_SEED, SAMPLED_FRAMES = 1000, slice(None, None, 4)  # the truth is read from every fourth frame
@@ -405,6 +407,8 @@ def study_arms():
         "prior": dict(prior="data_samples/away"),
     }.items():  # fmt: skip
         arm(f"full 6e-4 {name}", (9,), lr=6e-4, **FULL | change)
+    for name in ("lora 2e-3", "full 1e-4"):
+        arms[f"{name} long"] = dataclasses.replace(arms[name], name=f"{name} long", questions=(2,), at=LONG)
     return arms
 
 
@@ -695,6 +699,85 @@ def alarms():
         )
 
 
+STYLE_AT = (0, 125, 250, 500, 1000, 2500, 4000)  # steps
+STYLE_ARMS = ("lora 2e-3", "full 1e-4")
+STYLE_DATA = dict(data="data_samples/style", clips=None, compute_dtype="float32")  # every tenth of 50 is held out
+# Pairs of direction and ground that no clip of the style shows; none on snow, which is white as creatures of the style are.
+STYLE_PROMPTS = (
+    "a red fish moving left over water", "a blue spider moving up over stone",
+    "a pink beetle moving right over grass", "an orange butterfly moving left over water",
+)  # fmt: skip
+STYLE_WORDS = " in outline style"
+
+
+def run_style(job):
+    """A row for each step of STYLE_AT of an arm of the study with one seed, trained on the clips of the style."""
+    from accelerate import Accelerator
+
+    name, seed, work = job
+    torch.set_num_threads(1)
+    cl.quiet_libraries()
+    asked = [prompt + words for words in (STYLE_WORDS, "") for prompt in STYLE_PROMPTS]
+    fields = study_arms()[name].fields | STYLE_DATA
+    config, base, _ = cl.resolve(
+        cl.Config(**fields, seed=seed, steps=STYLE_AT[-1], validation_prompts=asked, cache=str(work / "cache"))
+    )
+    cache = cl.cache_clips(config)
+    trainer, rows = cl.Trainer(config, base, cache, Accelerator(mixed_precision="no", cpu=True)), []
+    for step in range(STYLE_AT[-1] + 1):
+        if step in STYLE_AT:
+            clips = [clip[SAMPLED_FRAMES] for clip in trainer.generated(SAMPLING_SEED)]
+            file = sheet_of(work, {"arm": f"style {name}", "seed": seed, "step": step, "blend": 1})
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cl.contact_sheet(clips, asked, columns=SHEET_FRAMES, least_px=64).save(file)
+            score = [world.style_score(clip) for clip in clips]
+            number = len(STYLE_PROMPTS)
+            rows.append({
+                "arm": name, "seed": seed, "step": step, "style_asked": statistics.fmean(score[:number]),
+                "style_unasked": statistics.fmean(score[number:]), "loss_style": trainer.heldout_loss(cache.heldout),
+                "pose_iou": statistics.fmean(world.subject_iou(clip) for clip in clips),
+            })  # fmt: skip
+        if step < STYLE_AT[-1]:
+            trainer.step(step)
+    return rows
+
+
+def style(work, seeds, jobs):
+    """Teach the nano base the bundled style, and add to results/study_style.csv what is not in it yet; then print it."""
+    import concurrent.futures
+    import multiprocessing
+
+    done = {(r["arm"], int(r["seed"])) for r in read_table(table("style"))}
+    todo = [(name, seed, work) for seed in seeds for name in STYLE_ARMS if (name, seed) not in done]
+    if todo:  # clips and prompts are coded once, before two processes would do it at a time
+        cl.cache_clips(cl.Config(**CASE | STYLE_DATA, cache=str(work / "cache")))
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        runs = [pool.submit(run_style, job) for job in todo]
+        for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="style", unit="run"):
+            append_rows(table("style"), run.result())
+    styles()
+
+
+STYLE_MEASURES = {
+    "style_asked": "style where asked", "style_unasked": "where not asked", "pose_iou": "pose IoU", "loss_style": "held-out loss",
+}  # fmt: skip
+
+
+def styles():
+    """Print a Markdown table of results/study_style.csv: mean, half the range over seeds, number of seeds."""
+    found = read_table(table("style"))
+    print(
+        f"| arm | step | seeds | {' | '.join(STYLE_MEASURES.values())} |\n| --- | ---: | ---: |{' ---: |' * len(STYLE_MEASURES)}"
+    )
+    for at in dict.fromkeys((r["arm"], r["step"]) for r in found):
+        mine = [r for r in found if (r["arm"], r["step"]) == at]
+        values = [[r[name] for r in mine] for name in STYLE_MEASURES]
+        cells = [f"{statistics.fmean(v):.3g} ± {(max(v) - min(v)) / 2:.2g}" for v in values]
+        print(f"| {at[0]} | {at[1]:g} | {len(mine)} | {' | '.join(cells)} |")
+
+
 def on_sheet(file, rows):
     """The frames (F, 3, H, W) in [0, 1] of each of `rows` clips of a contact sheet that `run_arm` saved."""
     from PIL import Image
@@ -753,6 +836,11 @@ def checkpoints():
     return list(found.values())
 
 
+def each_once(made):
+    """Without the ends of the arms whose blends go back to the base: their runs are those of another arm, seed by seed."""
+    return [c for c in made if c["blend"] != 1 or not c["arm"].endswith("back")]
+
+
 @dataclasses.dataclass
 class Series:
     """A measure along the steps of an arm: its mean over seeds, the least and the most, and the number of seeds."""
@@ -765,9 +853,10 @@ class Series:
 
 
 def series(made, arm, measure, along="step"):
-    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first. Raises KeyError
-    where there is none."""
-    mine = [c for c in made if c["arm"] in (arm, "base") and c["blend"] == 1 and isinstance(c.get(measure), float)]
+    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first, its long runs last.
+    Raises KeyError where there is none."""
+    names = arm, f"{arm} long", "base"
+    mine = [c for c in made if c["arm"] in names and c["blend"] == 1 and isinstance(c.get(measure), float)]
     steps = sorted({c["step"] for c in mine})
     if not any(steps):
         raise KeyError(f"{arm}: no finished run in {table('runs').name}")
@@ -808,28 +897,38 @@ def pictures(work):
 
 
 def agreement():
-    """Print how the distortion score and the truth, pose IoU, agree on what the study's models made, sound and ruined."""
+    """Print how the distortion score and the truth, pose IoU, agree on what the study's models made, sound and ruined, and which of
+    the score's parts do."""
     from scipy.stats import spearmanr
 
-    made = [c for c in checkpoints() if "score_away" in c]
-    print(f"{len(made)} checkpoints of {len({c['arm'] for c in made})} arms: Spearman of distortion score and pose IoU")
-    for where in ("concept", "away"):
-        score, truth = ([c[f"{name}_{where}"] for c in made] for name in ("score", "pose_iou"))
-        rho = spearmanr(score, truth).statistic
-        print(
-            f"  prompts {where:8} {rho:6.2f}   score {min(score):.1f} to {max(score):.1f}, pose IoU {min(truth):.2f} to {max(truth):.2f}"
-        )
+    made = [c for c in each_once(checkpoints()) if "score_away" in c]
     number = Counter(where for where, _ in study_prompts())
-    both = [[sum(number[w] * c[f"{name}_{w}"] for w in number) for c in made] for name in ("score", "pose_iou")]
-    print(f"  all prompts      {spearmanr(*both).statistic:6.2f}")
-    clips = read_table(table("clips"))
-    means = {}
-    for c, score, truth in zip(made, *both):
-        means.setdefault((c["arm"], c["step"], c["blend"]), []).append((score, truth))
-    mean = [[statistics.fmean(column) for column in zip(*those)] for those in means.values()]
-    print(f"  and means of seeds {spearmanr(*zip(*mean)).statistic:6.2f}   ({len(mean)} of them)")
-    rho = spearmanr([r["score"] for r in clips], [r["pose_iou"] for r in clips]).statistic
-    print(f"  single clips     {rho:6.2f}   ({len(clips)} of them)")
+
+    def over(models, name, where=None):  # of each model the mean over all prompts, or those of one set
+        if where:
+            return [c[f"{name}_{where}"] for c in models]
+        return [sum(number[w] * c[f"{name}_{w}"] for w in number) / number.total() for c in models]
+
+    def rho(models, name, where=None):
+        return spearmanr(over(models, name, where), over(models, "pose_iou", where)).statistic
+
+    print(f"{len(made)} checkpoints of {len({c['arm'] for c in made})} arms: Spearman of distortion score and pose IoU")
+    for where in number:
+        score, truth = over(made, "score", where), over(made, "pose_iou", where)
+        print(
+            f"  prompts {where:8} {rho(made, 'score', where):6.2f}   score {min(score):.1f} to {max(score):.1f}, pose IoU {min(truth):.2f} to {max(truth):.2f}"
+        )
+    print(f"  all prompts      {rho(made, 'score'):7.3f}")
+    for part in ("shape", "motion", "texture"):
+        print(f"    {part} alone {' ' * (8 - len(part))}{rho(made, part):6.2f}")
+    seeds = {}
+    for c, score, truth in zip(made, over(made, "score"), over(made, "pose_iou")):
+        seeds.setdefault((c["arm"], c["step"], c["blend"]), []).append((score, truth))
+    means = [[statistics.fmean(column) for column in zip(*those)] for those in seeds.values()]
+    print(f"  means of seeds   {spearmanr(*zip(*means)).statistic:6.2f}   ({len(means)} of them)")
+    clips = each_once(read_table(table("clips")))
+    single = spearmanr([r["score"] for r in clips], [r["pose_iou"] for r in clips]).statistic
+    print(f"  single clips     {single:6.2f}   ({len(clips)} of them)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -862,6 +961,12 @@ def claims():
         Claim(2, "at 1e-4 it does", "score_away", at("full 1e-4", 4000), at("full 1e-4")),
         Claim(2, "LoRA at 2e-3 does", "score_away", at("lora 2e-3", 4000), at("lora 2e-3")),
         Claim(2, "full fine-tuning at 2e-3 forgets more colours after 4,000 steps than after 500", "colour", end, at("full 2e-3", 4000)),
+        Claim(2, "LoRA at 2e-3 shows more of the concept after 20,000 steps than after 4,000", "concept_concept", at("lora 2e-3 long", LONG[-1]), at("lora 2e-3", 4000)),
+        Claim(2, "and distorts more", "score_away", at("lora 2e-3 long", LONG[-1]), at("lora 2e-3", 4000)),
+        Claim(2, "and has a higher held-out loss", "loss_concept", at("lora 2e-3 long", LONG[-1]), at("lora 2e-3", 4000)),
+        Claim(2, "full fine-tuning at 1e-4 shows more of the concept after 20,000 than after 4,000", "concept_concept", at("full 1e-4 long", LONG[-1]), at("full 1e-4", 4000)),
+        Claim(2, "and distorts more", "score_away", at("full 1e-4 long", LONG[-1]), at("full 1e-4", 4000)),
+        Claim(2, "and has a higher held-out loss", "loss_concept", at("full 1e-4 long", LONG[-1]), at("full 1e-4", 4000)),
         Claim(3, "at a twentieth of the rate full fine-tuning distorts less", "score_away", end, at("full 1e-4")),
         Claim(3, "and learns more of the concept", "concept_concept", at("full 1e-4"), end),
         Claim(3, "full fine-tuning at 6e-4 is worse on held-out clips than at 1e-4", "loss_concept", at("full 6e-4"), at("full 1e-4")),
@@ -914,9 +1019,12 @@ CLOSE = 0.05  # what counts as the same: a twentieth of the larger
 
 
 def at_equal(made, by, measure, method, other):
-    """How much more of `measure` one method's models have than those of the other that are nearest to them in `by`, if close: the mean
-    over pairs, for each seed. Models of the sweeps of question 3, up to step 500, but ruined ones: damage lowers the concept too, so they
-    would be paired with those that have hardly begun."""
+    """How much more of `measure` one method's models have than the other's that have as much of `by`: each is paired with one other at
+    most, nearly equal, so that they differ least in all; the mean over pairs, for each seed. Models of the sweeps of question 3, up to
+    step 500, but ruined ones: damage lowers the concept too, so they would be paired with those that have hardly begun."""
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
     arms, found = study_arms(), []
     untrained = untrained_loss(made)
     swept = [
@@ -927,16 +1035,18 @@ def at_equal(made, by, measure, method, other):
         and c["blend"] == 1
         and c["step"] <= 500
         and c.get("loss_concept", math.inf) < untrained
+        and {by, measure} <= c.keys()
     ]
     for seed in sorted({c["seed"] for c in swept}):
-        mine, theirs = (
-            [c for c in swept if c["seed"] == seed and method_of(c["arm"]) == m and {by, measure} <= c.keys()]
-            for m in (method, other)
-        )
-        pairs = [(c, min(theirs, key=lambda d: abs(d[by] - c[by]))) for c in mine if theirs]
-        close = [c[measure] - d[measure] for c, d in pairs if abs(c[by] - d[by]) <= CLOSE * max(c[by], d[by])]
-        if close:
-            found.append(statistics.fmean(close))
+        mine, theirs = ([c for c in swept if c["seed"] == seed and method_of(c["arm"]) == m] for m in (method, other))
+        apart = np.array([[abs(c[by] - d[by]) / max(c[by], d[by]) for d in theirs] for c in mine])
+        close = apart.reshape(len(mine), len(theirs)) <= CLOSE
+        pairs = zip(
+            *linear_sum_assignment(np.where(close, apart, 1e3))
+        )  # those too far apart are paired last, and left out
+        differences = [mine[i][measure] - theirs[j][measure] for i, j in pairs if close[i, j]]
+        if differences:
+            found.append(statistics.fmean(differences))
     return found
 
 
@@ -1082,7 +1192,8 @@ def show_along(figure, made, along, arms, measures):
                 line = axes.plot(s.x, s.mean, marker="o", markersize=3, label=arm, **style)[0]
                 axes.fill_between(s.x, s.low, s.high, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.set_xscale("symlog", linthresh=125)
-            axes.set_xticks([0, *EVERY], ["0", *map(str, EVERY)], rotation=60)
+            ticks = sorted({0, *EVERY} | {c["step"] for c in made if c["arm"].removesuffix(" long") in arms})
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
         else:
             for method, rates in arms.items():
                 at = [
@@ -1227,7 +1338,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "step",
-        choices=["validate", "run", "alarm", "captions", "pictures", "agreement", "answers", "figures", "results"],
+        choices=[
+            "validate",
+            "run",
+            "alarm",
+            "style",
+            "captions",
+            "pictures",
+            "agreement",
+            "answers",
+            "figures",
+            "results",
+        ],
     )
     parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
@@ -1250,6 +1372,10 @@ def main(argv=None):
         torch.set_num_threads(1)
         cl.quiet_libraries()
         alarm(args.work.expanduser())
+        return
+    if args.step == "style":
+        torch.set_num_threads(1)
+        style(args.work.expanduser(), args.seeds, args.jobs)
         return
     if args.step in ("captions", "pictures"):
         with torch.no_grad():

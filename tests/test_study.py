@@ -78,6 +78,60 @@ def test_the_subject_iou_reads_real_clips_of_one_colour_and_of_two():
             assert make_samples.subject_iou(torn) < make_samples.subject_iou(clip)
 
 
+def test_the_style_score_knows_outlines_on_flat_ground_from_painted_creatures():
+    import make_samples
+
+    scenes = make_samples.random_scenes([("fish", "red", "left", "water"), ("spider", "blue", "up", "stone")], 3)
+    outline, painted = (make_samples.render(scenes, 5, style=s)[0].float() / 255 for s in ("outline", "painted"))
+    for styled, plain in zip(outline, painted):
+        assert make_samples.style_score(styled) > 0.9 and make_samples.style_score(plain) == 0
+        only_flat = plain.mean((0, 2, 3))[:, None, None].expand_as(plain)  # no creature is no creature of the style
+        assert make_samples.style_score(only_flat) == 0
+
+
+def test_teaching_the_style_is_judged_on_prompts_with_and_without_its_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "STYLE_AT", (0, 2))
+    monkeypatch.setattr(study, "STYLE_PROMPTS", study.STYLE_PROMPTS[:1])
+    before, after = study.run_style(("lora 2e-3", 1, tmp_path))
+    assert (before["step"], after["step"]) == (0, 2) and before["loss_style"] != after["loss_style"]
+    assert all(0 <= row[name] <= 1 for row in (before, after) for name in ("style_asked", "style_unasked", "pose_iou"))
+    assert before["style_unasked"] < 0.2  # the base paints
+    assert len(list((tmp_path / "sheets").glob("style_lora_2e-3_seed_1_step_*.png"))) == 2
+
+
+def model(arm, concept, score, seed=1, loss=0.03, step=500, blend=1.0):
+    return {"arm": arm, "seed": seed, "step": step, "blend": blend, "concept_concept": concept, "score_away": score,
+            "loss_concept": loss}  # fmt: skip
+
+
+def test_models_of_equal_concept_are_paired_one_to_one_with_ruined_ones_left_out():
+    made = [
+        model("base", 0.3, 2.0, seed=0, loss=0.05, step=0),
+        model("lora 2e-3", 0.500, 3.0), model("lora 6e-4", 0.505, 5.0),
+        model("full 1e-4", 0.502, 1.0), model("full 2e-4", 0.520, 2.0), model("full 2e-5", 0.9, 9.0),
+        model("full 2e-3", 0.501, 99.0, loss=0.06),
+    ]  # fmt: skip
+    # Each LoRA model is nearest to "full 1e-4"; the pairs that differ least in all leave "full 2e-4" to the second.
+    assert study.at_equal(made, "concept_concept", "score_away", "lora", "full") == [((3 - 1) + (5 - 2)) / 2]
+    assert study.at_equal(made[:3], "concept_concept", "score_away", "lora", "full") == []
+
+
+def test_a_run_that_stands_under_two_arms_counts_once():
+    ends = [
+        model("full 2e-3", 0.3, 4.0),
+        model("full 2e-3 back", 0.3, 4.0),
+        model("full 2e-3 back", 0.2, 3.0, blend=0.5),
+    ]
+    assert study.each_once(ends) == [ends[0], ends[2]]
+
+
+def test_long_runs_of_an_arm_go_on_where_it_ended():
+    made = [model("base", 0.3, 2.0, step=0), model("lora 2e-3", 0.5, 2.5, step=4000)]
+    made += [model("lora 2e-3 long", 0.6, 3.0, seed=seed, step=20_000) for seed in (1, 2)]
+    found = study.series(made, "lora 2e-3", "score_away")
+    assert (found.x, found.mean, found.seeds) == ([0, 4000, 20_000], [2.0, 2.5, 3.0], 2)
+
+
 @pytest.mark.parametrize("question", study.QUESTIONS)
 def test_each_question_has_a_figure_of_what_was_measured(question):
     panels = study.figure(question).axes
