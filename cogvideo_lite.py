@@ -171,6 +171,9 @@ RECIPES = {
 }  # fmt: skip
 
 
+FUSED_IN_FP16 = "--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward"
+
+
 def check_numbers(config):
     """Refuse what cannot work before anything is read or written. Raises UserError."""
     for name in ("steps", "batch_size", "micro_batch_size", "rank", "clips", "sampling_steps", "checkpoint_every", "fps",
@@ -499,8 +502,8 @@ class Base:
         return digest.hexdigest()[:16]
 
 
-def find_base(model):
-    """Base of a local pipeline folder or of a Hub id (downloaded once, without pickled weights). Raises UserError."""
+def find_base(model, weights=True):
+    """Base of a local pipeline folder or of a Hub id (downloaded once, without pickled weights, or without any). Raises UserError."""
     folder = resolve_path(model)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
@@ -510,7 +513,8 @@ def find_base(model):
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+            patterns = ["*.json", *(["*.safetensors", "*.model", "*.txt"] if weights else [])]
+            folder = Path(snapshot_download(model, allow_patterns=patterns))
         except Exception as error:  # the Hub's client raises a dozen kinds; each means that the model cannot be had
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"model '{model}': no such folder, and not to be had from the Hugging Face Hub ({reason})")
@@ -2153,7 +2157,7 @@ def train(config, callbacks=()):
         )
     if config.fused_backward and dtype == torch.float16:
         if asked:
-            raise UserError("--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward")
+            raise UserError(FUSED_IN_FP16)
         config.fused_backward = False
         why.append(("optimizer", "after backward, since fp16 gradients must be unscaled all together"))
     with accelerator.main_process_first():
@@ -2638,11 +2642,15 @@ T5_XXL = dict(
     vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
 )
 
-# NVIDIA's data sheets: dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and GiB.
+# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets; GiB that torch finds, from users'
+# out-of-memory messages, whose last digit varies with the driver.
 CARDS = {
-    "T4": (65, 16), "L4": (121, 24), "A10": (125, 24), "RTX 3090": (71, 24), "RTX 4090": (165, 24), "RTX 5090": (209, 32),
-    "RTX A6000": (155, 48), "L40S": (362, 48), "A100 40GB": (312, 40), "A100 80GB": (312, 80), "H100": (989, 80),
+    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3090": (71, 36, 23.6), "RTX 4090": (165, 83, 23.6),
+    "RTX 5090": (209, 105, 31.3), "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
+    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1),
 }  # fmt: skip
+WITHOUT_BF16 = ("T4",)
+USUAL_GIB = 24  # what a plan is held against where nothing is said and no card is there
 UTILISATION = 0.4  # share of that rate that a run gets: assumed. PaLM's training reports 0.46 (arXiv 2204.02311)
 
 
@@ -2663,18 +2671,25 @@ class Described(Base):
 
 def describe(model):
     """Described of a published model's id, without the network, or of a pipeline folder. Raises UserError."""
-    owner, _, name = model.partition("/")
-    if owner in ("THUDM", "zai-org") and name in PUBLISHED and not resolve_path(model).is_dir():
-        transformer, scaling_factor, stored = PUBLISHED[name]
+    from safetensors import SafetensorError
+
+    owner, _, name = model.lower().partition("/")
+    published = {known.lower(): what for known, what in PUBLISHED.items()}
+    if owner in ("thudm", "zai-org") and name in published and not resolve_path(model).is_dir():
+        transformer, scaling_factor, stored = published[name]
         return Described(Path(model), transformer, dict(PUBLISHED_VAE, scaling_factor=scaling_factor), T5_XXL, stored)
-    base = find_base(model)
+    base = find_base(model, weights=False)
     try:
         text_encoder = json.loads((base.folder / "text_encoder/config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"model '{model}': a plan needs its text_encoder/config.json ({error})")
     try:
         stored = str(dtype_on_disk(base.folder / "transformer")).removeprefix("torch.")
-    except StopIteration:  # no weights there yet: as they are usually published
+    except (
+        StopIteration,
+        KeyError,
+        SafetensorError,
+    ):  # no weights there yet, or not whole: as they are usually published
         stored = "bfloat16" if base.large else "float32"
     return Described(base.folder, base.transformer, base.vae, text_encoder, stored)
 
@@ -2779,7 +2794,8 @@ class Ledger:
                 elif kind in flop_registry:
                     flops = flop_registry[kind](*args, **kwargs, out_val=out)
                 if flops:
-                    self.flops[self.begun[-1][0], self.block] += flops
+                    what = "attention" if kind in (attention, attention_backward) else "matrices"
+                    self.flops[self.begun[-1][0], self.block, what] += flops
                 return out
 
         with Watch():
@@ -2837,8 +2853,8 @@ class Ledger:
                     for memory, taken, _ in events:
                         told.events += [(piece, taken, k) for piece in counterparts(memory, block, k)]
                 last = last if block == middle else block
-        for (phase, block), flops in self.flops.items():
-            told.flops[phase, block] = flops * (1 + missing if block == middle else 1)
+        for (phase, block, what), flops in self.flops.items():
+            told.flops[phase, block, what] = flops * (1 + missing if block == middle else 1)
         return told
 
     def peak_bytes(self, phase):
@@ -2851,9 +2867,9 @@ class Ledger:
                 most = held
         return most
 
-    def step_flops(self):
+    def step_flops(self, kinds=("matrices", "attention")):
         """Of a training step."""
-        return sum(flops for (phase, _), flops in self.flops.items() if phase == "training")
+        return sum(flops for (phase, _, what), flops in self.flops.items() if phase == "training" and what in kinds)
 
     def split(self, phase):
         """GiB of each kind at the moment in a phase when most is held. On a card also what its allocator reserves beyond
@@ -3030,9 +3046,8 @@ def once_for_a_size(rehearsal):
     @functools.wraps(rehearsal)
     def remembered(config, base, card=True):
         size = config.frames, config.height, config.width
-        key = repr(
-            (base.vae, base.text_encoder, base.stored, *size, config.compute_dtype, config.quantize_text_encoder, card)
-        )
+        model = base.transformer, base.vae, base.text_encoder, base.stored
+        key = repr((*model, *size, config.compute_dtype, config.quantize_text_encoder, card))
         if key not in made:
             made[key] = rehearsal(config, base, card)
         return made[key]
@@ -3185,7 +3200,7 @@ def rehearse(config, base, blocks, card=True, sampling=True):
         if average:
             average.update(1)
         for key in ledger.flops:
-            ledger.flops[key] *= config.batch_size // (micro * passes)
+            ledger.flops[key] = ledger.flops[key] * (config.batch_size // micro) // passes
         del batch, loss
         if decoding:  # as `Trainer.draw_samples` after training: one of the denoising steps, and one decoding
             ledger.begin("sampling")  # denoising
@@ -3241,6 +3256,7 @@ class Plan:
     config: Config  # resolved
     phases: dict  # "caching", "training", "sampling" -> part -> GiB
     flops: float  # of a training step
+    attention_flops: float = 0.0  # of these, in attention
 
     @property
     def needs_gib(self):
@@ -3265,34 +3281,49 @@ def plan(config, card=True):
     ledger = rehearse(resolved, base, min(blocks, FEW_BLOCKS), card=card).of_blocks(blocks)
     phases = {"caching": rehearse_caching(resolved, base, card).split("caching")}
     phases |= {phase: ledger.split(phase) for phase in ("training", "sampling")}
-    return Plan(config, resolved, phases, ledger.step_flops())
+    return Plan(config, resolved, phases, ledger.step_flops(), ledger.step_flops(["attention"]))
 
 
 def changed(config, **changes):
     """A configuration with some options changed; another method leaves out what only --full has."""
     config = dataclasses.replace(config, **changes)
     if changes.get("method", "full") != "full":
-        config.trained_dtype = config.fused_backward = None
+        config.trained_dtype = config.fused_backward = config.l2_to_base = None
     return config
 
 
 def resolve_plan(config, **changes):
     """(resolved Config, Described) of a configuration with some options changed. Raises UserError."""
-    config = changed(config, **changes)
-    config, base, _ = resolve(config, describe(config.model))
+    asked = changed(config, **changes)
+    config, base, _ = resolve(asked, describe(asked.model))
     config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
-    config.fused_backward = config.fused_backward and config.compute_dtype != "float16"  # as `train`
+    if config.compute_dtype == "float16" and config.fused_backward:  # as `train`
+        if asked.fused_backward:
+            raise UserError(FUSED_IN_FP16)
+        config.fused_backward = False
     return config, base
 
 
-def planner(asked):
-    """A function of options to change that gives the Plan with them. Each is made once."""
-    made = {}
+def arithmetic_on(card, model):
+    """What `choose_compute_dtype` says on a card of CARDS, or on the one that is here; None where neither is. Raises UserError."""
+    import torch
+
+    if not card and not torch.cuda.is_available():
+        return None
+    if card not in WITHOUT_BF16 if card else torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if describe(model).stored == "float16" else "float32"
+
+
+def planner(asked, compute_dtype=None):
+    """A function of options to change that gives the Plan with them, in this arithmetic where none is asked for. Each is made
+    once. It raises UserError where the options do not go together."""
+    made, dtype = {}, {"compute_dtype": asked.compute_dtype or compute_dtype}
 
     def planned_with(**changes):
         key = frozenset(changes.items())
         if key not in made:
-            made[key] = plan(changed(asked, **changes))
+            made[key] = plan(changed(asked, **changes, **dtype))
         return made[key]
 
     return planned_with
@@ -3301,7 +3332,7 @@ def planner(asked):
 def knobs(config):
     """(what to change, the options for it) that could lower the peak of a resolved configuration, the gentlest first."""
     full = config.method == "full"
-    shorter = max(17, config.frames // 16 * 8 + 1)
+    shorter = max((frames for frames in (9, 17, 25, 49) if frames < config.frames), default=None)
     height, width = (max(32, round(side * 2 / 3 / 32) * 32) for side in (config.height, config.width))
     all_of_them = [
         (not config.gradient_checkpointing, "recompute activations", {"gradient_checkpointing": True}),
@@ -3310,33 +3341,41 @@ def knobs(config):
         (not config.quantize_text_encoder, "T5 in 4 bits", {"quantize_text_encoder": "4bit"}),
         (config.ema and not config.ema_on_cpu, "the average in host memory", {"ema_on_cpu": True}),
         (full and config.trained_dtype == "float32", "weights in bf16, rounded stochastically", {"trained_dtype": "bfloat16"}),
-        (full and not config.fused_backward and not config.micro_batch_size, "optimizer inside backward", {"fused_backward": True}),
+        (full and not config.fused_backward and not config.micro_batch_size and config.compute_dtype != "float16",
+         "optimizer inside backward", {"fused_backward": True}),
         (config.optimizer == "adamw", "optimizer's state in 8 bits", {"optimizer": "adamw8bit"}),
         (config.optimizer != "adafactor", "optimizer's state factored", {"optimizer": "adafactor"}),
         (config.gradient_checkpointing and not config.offload_activations, "saved activations in host memory",
          {"offload_activations": True}),
-        (config.batch_size > 1 and config.fused_backward, "one clip a step", {"batch_size": 1}),
+        (config.batch_size > 1 and config.fused_backward, "one clip a step", {"batch_size": 1, "micro_batch_size": None}),
         (config.method == "lora", "base in 4 bits", {"method": "qlora"}),
         (full, "adapters, on a base in 4 bits", {"method": "qlora"}),
-        (config.frames > 17, "shorter clips", {"frames": shorter}),
+        (shorter, "shorter clips", {"frames": shorter}),
         (min(config.height, config.width) > 128, "smaller clips", {"height": height, "width": width}),
     ]  # fmt: skip
     return [(name, changes) for useful, name, changes in all_of_them if useful]
 
 
 def fitting(planned_with, vram):
-    """Turn one knob after another, the gentlest first, as far as it helps, until a run fits; then turn back, the harshest first,
-    what is not needed any more. planned_with: a `planner`. Returns (options changed, Plan), or (None, Plan of the least that was
-    found)."""
-    changes, best, turned = {}, planned_with(), []
-    while best.peak_gib > vram:
-        left = [change for _, change in knobs(best.config) if change not in turned]
-        if not left:
+    """Turn one knob after another, the gentlest first, as far as it takes something off a phase that does not fit, until the run
+    fits; then turn back, the harshest first, what is not needed any more. planned_with: a `planner`. Returns (options changed,
+    Plan), or (None, Plan of the least that was found)."""
+
+    def too_much(planned):
+        return sum(max(0.0, need - vram) for need in planned.needs_gib.values())
+
+    changes, best, turned, useless = {}, planned_with(), [], []
+    while too_much(best):
+        change = next((change for _, change in knobs(best.config) if change not in useless), None)
+        if change is None:
             return None, best
-        turned.append(left[0])
-        found = planned_with(**{**changes, **left[0]})
-        if found.peak_gib < 0.995 * best.peak_gib:
-            changes, best = {**changes, **left[0]}, found
+        useless.append(change)
+        with contextlib.suppress(UserError):  # it does not go with what was asked for
+            found = planned_with(**{**changes, **change})
+            if too_much(found) < too_much(best) - 0.01:
+                changes, best = {**changes, **change}, found
+                turned.append(change)
+                useless.clear()  # what did not help may do so now
     for names in dict.fromkeys(tuple(change) for change in reversed(turned)):
         fewer = {name: value for name, value in changes.items() if name not in names}
         with contextlib.suppress(UserError):  # some options need others
@@ -3350,6 +3389,8 @@ def as_options(values):
     words = []
     for name, value in values.items():
         flag = name.replace("_", "-")
+        if value is None:  # back to what it is where nothing is said
+            continue
         if name == "method":
             words.append(f"--{value}")
         elif isinstance(value, bool):
@@ -3384,31 +3425,47 @@ def matrix_rate(device, dtype, seconds=2):
     return measured_rate(lambda: a @ b, 2 * n**3, device, seconds)
 
 
-def time_of_step(planned, card=None):
-    """(seconds of a training step, what that assumes): on a card by its published rate, or by one measured here."""
+def attention_rate(device, dtype, seconds=2):
+    """FLOP/s of attention on a device, measured: its kernels are others, on a CPU several times as slow."""
     import torch
 
+    q = torch.randn(1, 4, 4096, 64, device=device).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return measured_rate(lambda: attend(q, q, q), 4 * 4 * 4096**2 * 64, device, seconds)
+
+
+def time_of_step(planned, card=None):
+    """(seconds of a training step, what that assumes): on a card by its published rate, or by rates measured here."""
+    import torch
+
+    dtype = planned.config.compute_dtype
     if card:
-        rate = CARDS[card][0] * 1e12
-        told = f"{UTILISATION:g} (assumed) of the {CARDS[card][0]} TFLOP/s that are published for {card}"
-        return planned.flops / (rate * UTILISATION), told
+        rate = CARDS[card][dtype == "float32"]
+        told = f"{UTILISATION:g} (assumed) of the {rate} TFLOP/s that are published for {dtype} on {card}"
+        return planned.flops / (rate * 1e12 * UTILISATION), told
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, planned.config.compute_dtype)
+    dtype = getattr(torch, dtype)
     if device.type == "cpu":  # as a run here would choose
         dtype, _ = choose_compute_dtype(device, describe(planned.config.model), planned.asked.compute_dtype)
-    rate = matrix_rate(device, dtype)
-    told = f"the {rate / 1e12:.3g} TFLOP/s of {str(dtype).removeprefix('torch.')} matrix products measured now on this {device.type}"
-    return planned.flops / rate, told
+    rates = matrix_rate(device, dtype, 1), attention_rate(device, dtype, 1)
+    seconds = (planned.flops - planned.attention_flops) / rates[0] + planned.attention_flops / rates[1]
+    told = f"least, at the {rates[0] / 1e12:.2g} TFLOP/s of matrix products and {rates[1] / 1e12:.2g} of attention"
+    return seconds, f"{told} in {str(dtype).removeprefix('torch.')} measured now on this {device.type}"
 
 
 def plan_command(config, vram=None, card=None):
     """Print the plan of a run, what would change it, and a command that fits. vram: GiB. Raises UserError."""
+    import torch
+
     if card and card not in CARDS:
         raise UserError(f"--card '{card}': must be one of {', '.join(CARDS)}")
     if vram is not None and not 0 < vram < math.inf:
         raise UserError(f"--vram {vram:g}: must be a number of GiB above 0")
-    vram = vram or (CARDS[card][1] if card else None)
-    planned_with = planner(config)
+    held_against = "" if vram else f", what torch finds on {card}" if card else ", the card that is here"
+    if not vram and not card and not torch.cuda.is_available():
+        vram, held_against = USUAL_GIB, "; --vram or --card holds it against another"
+    vram = vram or (CARDS[card][2] if card else torch.cuda.get_device_properties(0).total_memory / GIB)
+    planned_with = planner(config, arithmetic_on(card, config.model))
     planned = planned_with()
     c, needs = planned.config, planned.needs_gib
     print(f"plan of --{c.method} on {c.model}: batch {c.batch_size}, {c.frames}x{c.height}x{c.width}, arithmetic in "
@@ -3419,27 +3476,25 @@ def plan_command(config, vram=None, card=None):
     print(f"  {'together':38}" + "".join(f"{need:10.2f}" for need in needs.values()))
     print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed;\n"
           "not known: workspaces of convolutions, --compile, several processes, what else is on the card)")  # fmt: skip
-    fits = vram is None or planned.peak_gib <= vram
-    if vram:
-        told = "fits" if fits else "does not fit"
-        print(f"\n{told} in {vram:g} GiB: {planned.peak_gib:.1f} needed, by {max(needs, key=needs.get)}")
+    fits = planned.peak_gib <= vram
+    print(f"\n{'fits' if fits else 'does not fit'} in {vram:g} GiB{held_against}: {planned.peak_gib:.1f} needed, by "
+          f"{max(needs, key=needs.get)}")  # fmt: skip
     seconds, told = time_of_step(planned, card)
     print(f"\ntime, estimated: {planned.flops:.3g} FLOP a step, {seconds:.3g} s at {told};\n"
           f"{seconds * c.steps / 3600:.2g} hours for {c.steps} steps, without caching and sampling")  # fmt: skip
     print("\nwhat would change the peak, predicted:", flush=True)
     rows = []
     for name, changes in knobs(c):
-        then = planned_with(**changes)
-        by_phase = {phase: then.needs_gib[phase] - need for phase, need in needs.items()}
-        rows.append((then.peak_gib - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
+        with contextlib.suppress(UserError):  # it does not go with what was asked for
+            then = planned_with(**changes)
+            by_phase = {phase: then.needs_gib[phase] - need for phase, need in needs.items()}
+            rows.append((then.peak_gib - planned.peak_gib, sum(by_phase.values()), name, changes, by_phase))
     for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
         where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
         print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
-    if fits:
-        return
-    changes, found = fitting(planned_with, vram)
+    changes, found = ({}, planned) if fits else fitting(planned_with, vram)
     if changes is None:
-        print(f"\nnothing found that fits in {vram:g} GiB: the least needs {found.peak_gib:.1f}")
+        print(f"\nnothing found that fits in {vram:g} GiB: the least that was found needs {found.peak_gib:.1f}")
         return
     wanted = dataclasses.asdict(changed(config, **changes))
     said = {
@@ -3501,7 +3556,9 @@ def parser():
     out.add_argument(
         "--plan", action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"
     )
-    out.add_argument("--vram", type=float, metavar="GIB", help="with --plan: memory that the run must fit in")
+    out.add_argument(
+        "--vram", type=float, metavar="GIB", help="with --plan: memory that the run must fit in [what the card has; 24]"
+    )
     out.add_argument("--card", metavar="NAME", help=f"with --plan: a card's memory and speed ({', '.join(CARDS)})")
     out.add_argument(
         "--config", help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"

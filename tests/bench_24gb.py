@@ -109,14 +109,10 @@ def flops(name, method, frames, height, width):
 
 
 def rates(dtype):
-    """FLOP/s of this processor in matrix products and in attention, measured for a second each: attention runs in kernels of its
-    own, which can be several times slower."""
+    """FLOP/s of this processor in matrix products and in attention, measured for a second each."""
     import torch
 
-    cpu, q = torch.device("cpu"), torch.randn(1, 4, 4096, 64).to(dtype)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    in_attention = cl.measured_rate(lambda: attend(q, q, q), 4 * 4 * 4096**2 * 64, cpu, seconds=1)
-    return cl.matrix_rate(cpu, dtype, seconds=1), in_attention
+    return tuple(rate(torch.device("cpu"), dtype, seconds=1) for rate in (cl.matrix_rate, cl.attention_rate))
 
 
 def row(name, method, folder, size, minutes, steps):

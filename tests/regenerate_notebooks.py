@@ -36,21 +36,18 @@ BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
 def machine():
-    """Such as "2 cores of an AMD EPYC (avx512_bf16)": what a running time depends on most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Such as "2 threads of an AMD EPYC (avx512_bf16)": what a running time depends on most."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
     name, units = platform.processor() or platform.machine(), ""
     if Path("/proc/cpuinfo").exists():
         text = Path("/proc/cpuinfo").read_text()
         name = re.search(r"model name\s*: (.*)", text)[1].strip() if "model name" in text else name
         units = next((f" ({u})" for u in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if u in text), "")
-    try:
-        import torch
-
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()}, {cores} cores"
-    except ImportError:
-        pass
-    return f"{cores} cores of an {name}{units}"
+    return f"{threads} thread{'s' * (threads > 1)} of an {name}{units}"
 
 
 def spelled(seconds):

@@ -19,7 +19,11 @@ RUN_S = 300
 @pytest.fixture
 def page():
     """A page of headless Chromium: the system's, or else the one that `playwright install chromium` fetches."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
+    cannot = pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip
+    try:
+        import playwright.sync_api as playwright
+    except ImportError:
+        cannot("Playwright's Python package is not installed")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with playwright.sync_playwright() as running:
         try:
@@ -28,7 +32,7 @@ def page():
             reason = (
                 f"no browser: none of {', '.join(BROWSERS)}, and not Playwright's own ({str(error).splitlines()[0]})"
             )
-            (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(reason)
+            cannot(reason)
         yield browser.new_page(viewport={"width": 1200, "height": 1600})
         browser.close()
 

@@ -111,6 +111,23 @@ def test_the_header_says_what_for_with_what_and_how_long(notebook):
     assert re.search(r"\*\*Running time\*\* \| (\d+ min )?\d+ s on .*, measured", head)
 
 
+def told_seconds(path):
+    """The running time in a notebook's header."""
+    minutes, seconds = re.search(r"\*\*Running time\*\* \| (?:(\d+) min )?(\d+) s ", path.read_text("utf-8")).groups()
+    return 60 * int(minutes or 0) + int(seconds)
+
+
+def test_a_lesson_took_less_than_four_minutes_and_all_notebooks_less_than_eighteen():
+    assert max(map(told_seconds, LESSONS)) < 240
+    assert sum(map(told_seconds, (ROOT / "notebooks").glob("*.ipynb"))) < 1080
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    command = (ROOT / ".ci/run").read_text().splitlines()[-1]
+    assert command.endswith("-m pytest -c tests/pytest.ini --rootdir .")
+    assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_every_notebook_is_set_up_by_the_same_cell(notebook):
     ours, first = (code(n)[0].source.partition("import lesson\n")[0] for n in (notebook, nbformat.read(LESSONS[0], 4)))
     assert ours == first and f'HOME = "https://github.com/{regenerate.REPOSITORY}"' in ours

@@ -307,7 +307,7 @@ def test_t5_in_few_bits_takes_less(bits):
 # ------------------------------------------------------------------------------------------------- published, and a plan
 
 
-@pytest.mark.parametrize("row", [0, 11], ids=["2b lora without checkpointing", "2b full with 8-bit states"])
+@pytest.mark.parametrize("row", [0, 12], ids=["2b lora without checkpointing", "2b full with 8-bit states, four clips"])
 def test_recipes_of_other_trainers_come_out_near_what_they_published(row):
     from bench_plan import foreign_run
 
@@ -342,18 +342,97 @@ def test_what_fits_is_found_by_turning_knobs(midsize, monkeypatch):
     assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
 
 
-def test_what_proves_needless_in_the_end_is_not_given_up():
-    """Shorter clips lower the peak a little, smaller ones are enough by themselves."""
+def planned_by(**phases):
+    """A `planner` of which each phase needs what a function of the options changed says."""
 
     def planned_with(**changes):
-        gib = 30 - 2 * ("frames" in changes) - 20 * ("height" in changes)
         config = cl.Config(method="lora", model=LARGE["5b"])
-        return cl.Plan(config, cl.resolve_plan(config, **changes)[0], {"caching": {"working space": gib}}, 0)
+        parts = {phase: {"working space": need(changes)} for phase, need in phases.items()}
+        return cl.Plan(config, cl.resolve_plan(config, **changes)[0], parts, 0)
 
+    return planned_with
+
+
+def test_what_proves_needless_in_the_end_is_not_given_up():
+    """Shorter clips lower the peak a little, smaller ones are enough by themselves."""
+    planned_with = planned_by(caching=lambda changed: 30 - 2 * ("frames" in changed) - 20 * ("height" in changed))
     changes, found = cl.fitting(planned_with, 24)
     assert set(changes) == {"height", "width"} and found.peak_gib == 10
     changes, _ = cl.fitting(planned_with, 9)
     assert set(changes) == {"frames", "height", "width"}
+
+
+def test_a_knob_that_lowers_what_is_not_the_largest_phase_yet_is_turned_too():
+    planned_with = planned_by(
+        caching=lambda changed: 4.0 if "quantize_text_encoder" in changed else 10.0,
+        training=lambda changed: 6.0 if "offload_activations" in changed else 12.0,
+    )
+    changes, found = cl.fitting(planned_with, 8)
+    assert set(changes) == {"quantize_text_encoder", "offload_activations"} and found.peak_gib == 6
+
+
+def test_a_knob_that_did_not_help_is_tried_again_after_another():
+    """Shorter clips lower the peak only when they are also smaller."""
+    planned_with = planned_by(
+        training=lambda changed: 20 - 4 * ("height" in changed) - 10 * ({"frames", "height"} <= set(changed))
+    )
+    changes, found = cl.fitting(planned_with, 8)
+    assert {"frames", "height", "width"} <= set(changes) and found.peak_gib == 6
+
+
+def test_knobs_that_do_not_go_with_what_is_asked_are_passed_over(capsys):
+    """QLoRA, one of the knobs of --full, knows no --l2-to-base; one clip a step cannot be cut in four."""
+    small = ["--frames", "9", "--height", "64", "--width", "64", "--card", "RTX 4090"]
+    for asked in (["--l2-to-base", "0.1"], ["--batch-size", "4", "--micro-batch-size", "4"]):
+        assert cl.main(["--plan", "--full", "--model", LARGE["2b"], *small, *asked]) == 0
+        assert "this fits" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_answered_with_a_command_that_does(midsize, monkeypatch, capsys):
+    monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
+    asked = [
+        "--full",
+        "--model",
+        str(midsize),
+        "--frames",
+        "33",
+        "--height",
+        "256",
+        "--width",
+        "256",
+        "--batch-size",
+        "2",
+    ]
+    whole = cl.plan(cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2))
+    vram = 0.6 * whole.peak_gib
+    assert cl.main(["--plan", *asked, "--vram", str(vram)]) == 0
+    printed = capsys.readouterr().out
+    assert "does not fit in" in printed
+    savings = [float(line.split()[0]) for line in printed.splitlines() if line.strip()[:1] in "+-" and " GiB  " in line]
+    assert len(savings) > 3 and savings == sorted(savings)  # the largest first
+    command = printed.strip().splitlines()[-1].strip().removeprefix("python cogvideo_lite.py ")
+    assert cl.main(["--plan", *shlex.split(command), "--vram", str(vram)]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_a_card_without_bf16_units_is_planned_in_the_arithmetic_that_a_run_takes_there(capsys):
+    small = ["--frames", "9", "--height", "64", "--width", "64"]
+    for model, dtype in (("5b", "float32"), ("2b", "float16")):
+        assert cl.main(["--plan", "--lora", "--model", LARGE[model], *small, "--card", "T4"]) == 0
+        printed = capsys.readouterr().out
+        assert f"arithmetic in {dtype}" in printed and f"TFLOP/s that are published for {dtype} on T4" in printed
+    with pytest.raises(cl.UserError, match="fp16 gradients"):  # as when training
+        cl.resolve_plan(cl.Config(method="full", model=LARGE["2b"], fused_backward=True, compute_dtype="float16"))
+
+
+@pytest.mark.parametrize("batch, micro", [(3, 1), (5, 1), (6, 2)])
+def test_every_pass_of_an_accumulated_step_is_counted(batch, micro):
+    """Against a step of as many clips at once, which computes as much."""
+    flops = [
+        cl.plan(cl.Config(method="lora", model=str(NANO), batch_size=batch, micro_batch_size=m)).flops
+        for m in (micro, batch)
+    ]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-3)
 
 
 def test_a_folder_is_planned_before_its_weights_are_there(tmp_path):
@@ -361,6 +440,48 @@ def test_a_folder_is_planned_before_its_weights_are_there(tmp_path):
         (tmp_path / file.relative_to(NANO)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file.relative_to(NANO)).write_text(file.read_text())
     assert cl.plan(cl.Config(model=str(tmp_path))).phases == cl.plan(cl.Config(model=str(NANO))).phases
+
+
+def test_weights_that_are_not_there_whole_are_planned_as_if_there_were_none(tmp_path):
+    """As git leaves them without its LFS, or a download that broke off."""
+    for file in NANO.rglob("*"):
+        if file.is_file():
+            (tmp_path / file.relative_to(NANO)).parent.mkdir(parents=True, exist_ok=True)
+            text = (
+                b"version https://git-lfs.github.com/spec/v1\n" if file.suffix == ".safetensors" else file.read_bytes()
+            )
+            (tmp_path / file.relative_to(NANO)).write_bytes(text)
+    assert cl.plan(cl.Config(model=str(tmp_path))).phases == cl.plan(cl.Config(model=str(NANO))).phases
+
+
+def test_a_plan_of_an_unknown_model_of_the_hub_fetches_no_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda model, allow_patterns: asked.extend(allow_patterns) or NANO
+    )
+    cl.describe("someone/their-model")
+    assert asked == ["*.json"]
+    assert cl.describe("thudm/cogvideox-5B").transformer == cl.describe(LARGE["5b"]).transformer
+
+
+@pytest.mark.parametrize("note, told", [
+    ("floored by T5+VAE", "bound respected"), ("out of memory on 24 GB", "floor broken"), ("does not fit", "floor broken"),
+])  # fmt: skip
+def test_a_bound_is_a_floor_where_its_note_says_that_so_much_was_not_enough(note, told):
+    from bench_plan import bound
+
+    assert bound(note, 20.0, 24.0) == told
+
+
+def test_the_time_by_measured_rates_takes_attention_apart(monkeypatch):
+    monkeypatch.setattr(cl, "matrix_rate", lambda *rest: 1e12)
+    monkeypatch.setattr(cl, "attention_rate", lambda *rest: 1e11)
+    config = cl.Config(compute_dtype="float32")
+    seconds, told = cl.time_of_step(cl.Plan(config, config, {}, 3e12, 1e12))
+    assert seconds == pytest.approx(2 + 10) and told.startswith("least")
+    assert cl.plan(cl.Config(model=str(NANO))).attention_flops > 0
 
 
 def test_another_method_leaves_out_what_only_full_has():
