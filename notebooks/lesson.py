@@ -390,5 +390,5 @@ def answers(*questions):
     display(Markdown(
         "*Differences are taken seed by seed, so that a plus speaks for the claim; ± is half of the 95 % interval of their mean (Student's t). Confirmed or "
         "refuted: the interval leaves out 0. Unclear: it does not, which three or four seeds often cannot help; it does not mean that there is no difference. A "
-        "star: the claim was put after a look at these seeds, so it asks for new ones.*"
+        "star: the claim was put after a look at these seeds, so it asks for new ones. A dagger: unclear with three seeds, so a fourth was added, which makes chance findings a little more likely.*"
     ))  # fmt: skip
