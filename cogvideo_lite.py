@@ -3372,7 +3372,7 @@ def fitting(planned_with, vram):
         useless.append(change)
         with contextlib.suppress(UserError):  # it does not go with what was asked for
             found = planned_with(**{**changes, **change})
-            if too_much(found) < too_much(best) - 0.01:
+            if too_much(found) < 0.995 * too_much(best):
                 changes, best = {**changes, **change}, found
                 turned.append(change)
                 useless.clear()  # what did not help may do so now
