@@ -43,10 +43,15 @@ def test_rows_are_added_to_a_table_whole_and_read_back_as_numbers(tmp_path):
 
 
 def test_clips_of_one_direction_all_move_left(tmp_path):
-    folder = study.subset_of_one_direction(tmp_path)
+    folder = study.of_one_direction(tmp_path)
     captions = [clip.caption for clip in cl.read_clips(folder)]
     assert len(captions) > 30 and all(" left " in caption for caption in captions)
     assert cl.read_clips(folder)[0].video.shape == (17, 3, 64, 64)
+
+
+def test_clips_that_guard_against_forgetting_are_not_those_that_judge_it(tmp_path):
+    mixed_in, known = cl.read_clips(study.not_judged(tmp_path)), cl.read_clips(study.AWAY)
+    assert [c.path.resolve() for c in mixed_in] == [c.path for c in known[study.AWAY_JUDGED :]]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -94,7 +99,7 @@ def test_teaching_the_style_is_judged_on_prompts_with_and_without_its_words(tmp_
     monkeypatch.setattr(study, "STYLE_PROMPTS", study.STYLE_PROMPTS[:1])
     before, after = study.run_style(("lora 2e-3", 1, tmp_path))
     assert (before["step"], after["step"]) == (0, 2) and before["loss_style"] != after["loss_style"]
-    assert all(0 <= row[name] <= 1 for row in (before, after) for name in ("style_asked", "style_unasked", "pose_iou"))
+    assert all(0 <= row[name] <= 1 for row in (before, after) for name in ("style_asked", "style_unasked", "pose_iou_asked"))
     assert before["style_unasked"] < 0.2  # the base paints
     assert len(list((tmp_path / "sheets").glob("style_lora_2e-3_seed_1_step_*.png"))) == 2
 
