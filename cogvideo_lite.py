@@ -3234,17 +3234,28 @@ def rehearse_decoding(config, base, card):
         ledger.begin("sampling")
         size = config.height // base.spatial, config.width // base.spatial
         shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
-        latents = torch.empty(shape, dtype=dtype)
-        rest = None
+        latents, pipe = torch.empty(shape, dtype=dtype), CogVideoXPipeline(None, None, vae, None, None)
         if base.large:
-            # Tile by tile is decoded, and of each two latent frames at a time, the first three together. A tile's first frames
-            # are decoded here; of the rest there is room for the tiles and the clip that is put together from them.
+            # Of the tiles one is decoded here, the last that is whole, beside those before it; and of its frames the first nine
+            # and the next eight, which see what each convolution keeps of the nine. Then the clip is put together, twice.
             vae.enable_tiling()
-            latents = latents[:, :3, :, : vae.tile_latent_min_height, : vae.tile_latent_min_width]
-            rest = torch.empty(2, 3, config.frames, config.height, config.width, dtype=dtype)
-        pipe = CogVideoXPipeline(None, None, vae, None, None)
-        pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pt")
-        del rest
+            whole = vae.tile_latent_min_height, vae.tile_latent_min_width
+            overlap = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
+            rows, columns = (
+                [min(tile, cells - first) for first in range(0, cells, int(tile * (1 - share)))]
+                for cells, tile, share in zip(size, whole, overlap)
+            )
+            row, column = (max(k for k, n in enumerate(sizes) if n == max(sizes)) for sizes in (rows, columns))
+            room = lambda cells: torch.empty(3, config.frames, cells * base.spatial**2, dtype=dtype)  # noqa: E731
+            before = room(sum(rows[:row]) * sum(columns) + rows[row] * sum(columns[:column]))
+            pipe.decode_latents(latents[:, :5, :, : whole[0], : whole[1]])
+            del before
+            tiles, joined = room(sum(rows) * sum(columns)), room(size[0] * size[1])
+            frames = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
+            del tiles, joined
+        else:
+            frames = pipe.decode_latents(latents)
+        pipe.video_processor.postprocess_video(frames, output_type="pt").float()
     return ledger
 
 

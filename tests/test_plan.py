@@ -214,11 +214,36 @@ def test_an_emptied_cache_keeps_segments_that_are_in_use():
 # ------------------------------------------------------------------------------------------------- measured allocations
 
 
-def measured_peak(config, folder):
-    """Bytes of tensors at the peak of a real training step, by torch's profiler: what it allocates and frees, above what the
-    process holds before it."""
-    from accelerate import Accelerator
+def most_allocated(held, run):
+    """Bytes of tensors at the peak of a call, by torch's profiler: what it allocates and frees, above the storages of the tensors in
+    `held`. What a convolution takes and gives back within itself is left out, as in a plan: it is another on a card."""
     from torch.profiler import ProfilerActivity, profile
+
+    before = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    now = most = until = 0
+    for event in events:
+        if event.name() == "aten::convolution":
+            until = max(until, event.start_ns() + event.duration_ns())
+        elif event.name() == "[memory]":
+            if event.start_ns() > until:
+                most = max(most, now)
+            now += event.nbytes()
+            if event.start_ns() > until:
+                most = max(most, now)
+    return sum(before.values()) + most
+
+
+def of_model(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+def trainer_without_data(config, folder, prompts=1):
+    """A Trainer in float32, on one clip of noise."""
+    from accelerate import Accelerator
 
     config, base, _ = cl.resolve(config)
     t, text = sum(base.latent_frames(config.frames)), base.transformer["text_embed_dim"]
@@ -226,21 +251,9 @@ def measured_peak(config, folder):
     cl.save_tensor(folder / "clip.safetensors", "moments", torch.randn(2 * base.vae["latent_channels"], t, *size))
     cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(base.text_length, text))
     pair = folder / "clip.safetensors", folder / "prompt.safetensors"
-    config.compute_dtype = "float32"
-    trainer = cl.Trainer(config, base, cl.Cache([pair], [pair], pair[1], {}), Accelerator(cpu=True))
-    trainer.transformer.train()
-    trainer.step(0)
-    gc.collect()
-    tensors = [*trainer.transformer.parameters(), *trainer.transformer.buffers(), *trainer.updates.state()[0].values()]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        trainer.step(1)
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return sum(held.values()) + most
+    cache = cl.Cache([pair], [pair], pair[1], dict.fromkeys(map(str, range(prompts)), pair[1]))
+    trainer = cl.Trainer(dataclasses.replace(config, compute_dtype="float32"), base, cache, Accelerator(cpu=True))
+    return trainer
 
 
 CASES = {
@@ -261,10 +274,58 @@ def test_real_steps_allocate_what_was_predicted(case, midsize, tmp_path):
         folder, fields = midsize, dict(dict(frames=17, height=256, width=256, batch_size=1), **fields)
     config = cl.Config(model=str(folder), cache=str(tmp_path), **fields)
     resolved, base = cl.resolve_plan(config)
-    predicted = cl.rehearse(resolved, base, base.transformer["num_layers"], card=False, sampling=False).peak_bytes(
-        "training"
-    )
-    assert predicted == pytest.approx(measured_peak(config, tmp_path), rel=0.03)
+    rehearsed = cl.rehearse(resolved, base, base.transformer["num_layers"], card=False, sampling=False)
+    trainer = trainer_without_data(config, tmp_path)
+    trainer.transformer.train()
+    trainer.step(0)
+    held = [*of_model(trainer.transformer), *trainer.updates.state()[0].values()]
+    assert rehearsed.peak_bytes("training") == pytest.approx(most_allocated(held, lambda: trainer.step(1)), rel=0.03)
+
+
+# "tiles": as for large models, whose clips are coded and decoded in tiles of their VAE's own size, 480x720 and a quarter of it.
+PHASES = {"nano": {}, "tiny": dict(frames=17, height=128, width=256), "tiny, tiles": dict(frames=17, height=512, width=768)}
+
+
+@pytest.fixture
+def phase(tiny, monkeypatch):
+    """(config, base) of a case of PHASES and further fields."""
+
+    def resolved(case, **fields):
+        monkeypatch.setattr(cl.Base, "large", case.endswith("tiles"))
+        folder = NANO if case == "nano" else tiny("5b")
+        return cl.resolve_plan(cl.Config(model=str(folder), compute_dtype="float32", **PHASES[case], **fields))
+
+    return resolved
+
+
+@pytest.mark.parametrize("case", PHASES)
+def test_really_coding_a_clip_and_a_prompt_allocates_what_was_predicted(case, phase):
+    config, base = phase(case)
+    predicted = cl.rehearse_caching.__wrapped__(config, base, False).peak_bytes("caching")
+    vae, text_encoder = (base.load(part, torch.float32) for part in ("vae", "text_encoder"))
+    clip = torch.rand(1, 3, config.frames, config.height, config.width)
+    if case.endswith("tiles"):
+        cl.tile_beyond_own_size(vae)
+    with torch.no_grad():
+        coding = most_allocated([*of_model(vae), clip], lambda: vae.encode(clip))
+        ids = torch.zeros(1, base.text_length, dtype=torch.long)
+        reading = most_allocated(of_model(text_encoder), lambda: text_encoder(ids))
+    assert predicted == pytest.approx(max(coding, reading), rel=0.03)
+
+
+@pytest.mark.parametrize("case, method", [*((case, "lora") for case in PHASES), ("nano", "full")])
+def test_real_sampling_allocates_what_was_predicted(case, method, phase, tmp_path, monkeypatch):
+    config, base = phase(case, method=method, sampling_steps=2)
+    monkeypatch.setattr(cl, "rehearse_decoding", cl.rehearse_decoding.__wrapped__)  # else it would remember the size alone
+    predicted = cl.rehearse(config, base, base.transformer["num_layers"], card=False).peak_bytes("sampling")
+    trainer = trainer_without_data(config, tmp_path, prompts=base.sampled_at_once)
+    for i, p in enumerate(trainer.parameters):  # an optimizer has its states from the first update on
+        p.grad = torch.zeros_like(p)
+        trainer.updates.update(i)
+    vae = base.load("vae", torch.float32)
+    monkeypatch.setattr(cl.Base, "load", lambda *_: vae)  # its weights are loaded, and counted, before
+    held = [*of_model(trainer.transformer), *of_model(vae), *trainer.updates.state()[0].values()]
+    assert predicted == pytest.approx(most_allocated(held, trainer.generated), rel=0.03)
 
 
 def test_the_stand_in_for_nf4_is_as_large_as_what_bitsandbytes_makes(midsize):
