@@ -783,6 +783,11 @@ def style(work, seeds, jobs):
     styles()
 
 
+def style_checkpoints():
+    """Rows of results/study_style.csv, as `checkpoints` has those of the study."""
+    return [{**row, "blend": 1.0} for row in read_table(table("style"))]
+
+
 STYLE_MEASURES = {
     "style_asked": "style where asked", "style_unasked": "style where not asked", "pose_iou_asked": "pose IoU where asked",
     "pose_iou_unasked": "pose IoU where not asked", "loss_style": "held-out loss of the style",
@@ -877,14 +882,15 @@ class Series:
 
 
 def series(made, arm, measure, along="step"):
-    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first, its long runs last.
-    Raises KeyError where there is none."""
+    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first, its long runs last;
+    of the seeds that have all of them, so that a line does not bend where another seed joins in. Raises KeyError where there is none."""
     names = arm, f"{arm} long", "base"
     mine = [c for c in made if c["arm"] in names and c["blend"] == 1 and isinstance(c.get(measure), float)]
     steps = sorted({c["step"] for c in mine})
     if not any(steps):
         raise KeyError(f"{arm}: no finished run in {table('runs').name}")
-    at = [[c for c in mine if c["step"] == step] for step in steps]
+    of_all = set.intersection(*({c["seed"] for c in mine if c["step"] == step} for step in steps if step))
+    at = [[c for c in mine if c["step"] == step and (c["seed"] in of_all or c["arm"] == "base")] for step in steps]
     values = [[c[measure] for c in those] for those in at]
     return Series(
         [statistics.fmean(c[along] for c in those) for those in at], [statistics.fmean(v) for v in values],
@@ -899,6 +905,7 @@ PICTURED = (
     "lora 2e-3 back",
     "full 6e-4 prior",
 )  # and all of question 3
+STYLE_PICTURED = (0, 500, 2500)  # steps
 
 
 def picture_of(row):
@@ -911,8 +918,8 @@ def pictures(work):
     from PIL import Image
 
     arms, wanted = study_arms(), 0
-    for row in read_table(table("runs")):
-        shown = row["arm"] in PICTURED or 3 in arms[row["arm"]].questions
+    for row in read_table(table("runs")) + style_checkpoints():
+        shown = row["arm"] in PICTURED or (3 in arms[row["arm"]].questions if row["arm"] in arms else row["step"] in STYLE_PICTURED)
         if shown and row["seed"] <= 1 and sheet_of(work, row).exists():
             picture_of(row).parent.mkdir(parents=True, exist_ok=True)
             Image.open(sheet_of(work, row)).convert("RGB").save(picture_of(row), quality=85, method=6)
@@ -1168,7 +1175,7 @@ ANSWER_COLUMNS = ("question", "claim", "measure", "mean difference", "of each se
 def answer_rows(questions=None):
     """The claims under each question that have been tried, as rows of ANSWER_COLUMNS, all text. A star: put after a look at these seeds.
     A dagger: it was unclear with three seeds, so a fourth was added."""
-    made, rows = checkpoints(), []
+    made, rows = checkpoints() + style_checkpoints(), []
     for claim in claims():
         if not questions or claim.question in questions:
             found, half, verdict = answer(claim, made)
@@ -1177,7 +1184,8 @@ def answer_rows(questions=None):
             shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.2g}"
             each = ", ".join(f"{x:+.2g}" for x in found)
             verdict += "*" * claim.afterwards + "†" * claim.extended
-            rows.append((str(claim.question), claim.words, SHOWN[claim.measure], shown, each, verdict))
+            name = (SHOWN | STYLE_MEASURES)[claim.measure]
+            rows.append((str(claim.question), claim.words, name, shown, each, verdict))
     return rows
 
 
@@ -1228,6 +1236,7 @@ PANELS = {
     6: ("score_away", "concept_concept", "loss_concept"), 7: ("concept_concept", "loss_concept", "score_away"),
     8: ("concept_concept", "score_away", "colour"), 9: ("score_away", "concept_concept", "colour", "loss_away"),
 }  # fmt: skip
+ALONG = {"full 2e-3": "tab:red", "full 1e-4": "tab:orange", "lora 2e-3": "tab:blue", "lora 2e-3 as on record": "0.4"}
 METHODS = {"full": "tab:red", "lora": "tab:blue", "qlora": "tab:green", "base": "0.4"}  # colours
 
 
@@ -1307,6 +1316,27 @@ def show_along(figure, made, along, arms, measures):
         axes.set_xlabel({"step": "step", "lr": "learning rate"}[along], fontsize=8)
         axes.tick_params(which="both", labelsize=8)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+
+
+def show_styles(figure, made):
+    """Question 2: how much of a style the clips show along the steps, where it is asked for and where not; mean and range over seeds."""
+    panels = (("style", ("asked", "unasked")), ("pose_iou", ("asked", "unasked")), ("loss_style", ("",)))
+    titles = "a style: how much the clips show", "pose IoU", "held-out loss on clips of the style"
+    for axes, title, (measure, kinds) in zip(figure.subplots(1, 3), titles, panels):
+        for arm in STYLE_ARMS:
+            for kind in kinds:
+                s = series(made, f"style {arm}", f"{measure}_{kind}".rstrip("_"))
+                told = {"asked": ", where asked", "unasked": ", where not asked", "": ""}[kind]
+                look = dict(color=ALONG[arm], linestyle=":" if kind == "unasked" else "-")
+                axes.plot(s.x, s.mean, marker="o", markersize=3, label=arm + told, **look)
+                axes.fill_between(s.x, s.low, s.high, color=look["color"], alpha=0.12, linewidth=0)
+        axes.set_xscale("symlog", linthresh=125)
+        axes.set_xticks(STYLE_AT, [f"{t:g}" for t in STYLE_AT], rotation=60)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(which="both", labelsize=8)
+        if measure == "style":
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
 def kind_of(name):
@@ -1389,20 +1419,16 @@ def figure(question):
     from matplotlib.figure import Figure
 
     made = checkpoints()
-    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 5.6 if question == 4 else 3.2
+    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 5.6 if question in (2, 4) else 3.2
     picture = Figure(figsize=(10, max(2.2, height)), layout="constrained")
     picture.suptitle(f"{question}. {QUESTIONS[question]}", fontsize=10)
     if question in PANELS:
         show_models(picture, made, question)
     elif question == 2:
-        styles = {
-            "full 2e-3": "tab:red",
-            "full 1e-4": "tab:orange",
-            "lora 2e-3": "tab:blue",
-            "lora 2e-3 as on record": "0.4",
-        }
-        arms = {arm: {"color": colour} for arm, colour in styles.items()}
-        show_along(picture, made, "step", arms, ("score_away", "colour", "concept_concept"))
+        arms = {arm: {"color": colour} for arm, colour in ALONG.items()}
+        above, below = picture.subfigures(2, 1)
+        show_along(above, made, "step", arms, ("score_away", "colour", "concept_concept"))
+        show_styles(below, style_checkpoints())
     elif question == 3:
         show_along(
             picture,
