@@ -382,11 +382,12 @@ def table(rows, head):
     display(Markdown("\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])))
 
 
-def answers(*questions):
-    """What the study says to its questions of these numbers, as a table, and how such a table is read."""
+def answers(*questions, about=""):
+    """What the study says to its questions of these numbers, as a table, and how such a table is read. about: a regular expression that
+    is found in the claims to show."""
     import study
 
-    table(study.answer_rows(questions), study.ANSWER_COLUMNS)
+    table([row for row in study.answer_rows(questions) if re.search(about, row[1])], study.ANSWER_COLUMNS)
     display(Markdown(
         "*Differences are taken seed by seed, so that a plus speaks for the claim; ± is half of the 95 % interval of their mean (Student's t). Confirmed or "
         "refuted: the interval leaves out 0. Unclear: it does not, which three or four seeds often cannot help; it does not mean that there is no difference. A "

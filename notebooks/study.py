@@ -332,11 +332,17 @@ SEEDS = (1, 2, 3)
 CASE = dict(
     clips=50, batch_size=1, max_grad_norm=0.1, weight_decay=1e-4, caption_dropout=0.1, warmup=20, optimizer="adamw"
 )
+RECIPE = dict(
+    batch_size=4, max_grad_norm=1.0
+)  # what cogvideo_lite.py's recipes for this model, of 400 steps, have in its place
 LORA = dict(method="lora", rank=32, alpha=32.0)
 FULL = dict(method="full")
 EVERY = (125, 250, 500, 1000, 2000, 4000)  # steps
 LONG = (6000, 10_000, 20_000)  # of arms that go on: runs of their own, since a run takes half an hour
-AWAY, AWAY_JUDGED = "data_samples/away", 12  # clips of other things; the first of them are what `loss_away` is measured on
+AWAY, AWAY_JUDGED = (
+    "data_samples/away",
+    12,
+)  # clips of other things; the first of them are what `loss_away` is measured on
 PRIOR = dict(prior=AWAY)  # all but those
 FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3)
 LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
@@ -394,6 +400,9 @@ def study_arms():
             "batch 4": dict(batch_size=4), "no weight decay": dict(weight_decay=0.0), "weight decay 1e-2": dict(weight_decay=1e-2),
         }.items():  # fmt: skip
             arm(f"full {short(lr)} {name}", (6,), lr=lr, **FULL | change)
+    for method, rates in ((FULL, (1e-4, 2e-4, 6e-4)), (LORA, (6e-4, 2e-3, 6e-3))):
+        for lr in rates:
+            arm(f"{method['method']} {short(lr)} recipe", (6,), (400,), lr=lr, **method | RECIPE)
     arm("full 2e-4 lion8bit", (6,), lr=2e-4, **FULL | dict(optimizer="lion8bit"))
     for lr in (2e-5, 1e-4):
         for dtype in ("bfloat16", "bfloat16-nearest"):
@@ -423,7 +432,9 @@ def short(number):
 
 def of_one_direction(work, number=50):
     """A folder of training clips that all move left."""
-    return folder_of(work / "similar", [c for c in cl.read_clips("data_samples/spider") if " left " in c.caption][:number])
+    return folder_of(
+        work / "similar", [c for c in cl.read_clips("data_samples/spider") if " left " in c.caption][:number]
+    )
 
 
 def not_judged(work):
@@ -664,13 +675,22 @@ def run_study(work, only, questions, seeds, jobs, hours):
 
 
 ALARM_SEEDS, ALARM_LOOKS = (11, 12, 13, 14), (10, 15, 20, 25, 30, 40, 50)
+BENT = (
+    "full 2e-3 batch 4",
+    "full 2e-4 lion8bit",
+    "lora 6e-3 alpha 64",
+)  # distorted after 500 steps with a loss near or below the base's
 
 
 def alarm(work):
-    """The loss on a few held-out clips in the first steps, over that of the untrained base, at all rates of question 3 and with seeds
-    of its own; adds to results/study_alarm.csv what is not in it yet, a row a look."""
+    """The loss on a few held-out clips in the first steps, over that of the untrained base, at all rates of question 3, and in the arms
+    of BENT, with seeds of its own; adds to results/study_alarm.csv what is not in it yet, a row a look."""
     done = {(row["arm"], row["seed"]) for row in read_table(table("alarm"))}
-    arms = [dataclasses.replace(arm, at=ALARM_LOOKS) for arm in study_arms().values() if 3 in arm.questions]
+    arms = [
+        dataclasses.replace(arm, at=ALARM_LOOKS)
+        for arm in study_arms().values()
+        if 3 in arm.questions or arm.name in BENT
+    ]
     todo = [(arm, seed) for arm in arms for seed in ALARM_SEEDS if (arm.name, seed) not in done]
     for arm, seed in tqdm(todo, desc="alarm", unit="run"):
         trainer, rows = Bench(arm, seed, work).trainer, []
@@ -696,20 +716,19 @@ def worse_arms(made):
 
 
 def alarms():
-    """Print, for each look, the highest ratio of arms that are below the base's held-out loss after 500 steps, in the seeds of the
-    study, and the lowest of those above it."""
+    """Print, for each look, how many runs are above the base's loss, and the lowest or highest ratio: of the arms of question 3 that are
+    above it after 500 steps in the seeds of the study, of its others, and of those of BENT."""
     made, found = checkpoints(), read_table(table("alarm"))
-    worse = worse_arms(made) & {r["arm"] for r in found}
-    print(f"after 500 steps worse than the base on held-out clips: {', '.join(sorted(worse))}")
-    for step in ALARM_LOOKS:
-        of = {
-            kind: [r["ratio"] for r in found if r["step"] == step and (r["arm"] in worse) == kind]
-            for kind in (False, True)
-        }
-        print(
-            f"step {step:3}: of {len(of[True])} runs of these arms {sum(r > 1 for r in of[True])} above the base, lowest {min(of[True]):.2f}; of "
-            f"{len(of[False])} others {sum(r > 1 for r in of[False])}, highest {max(of[False]):.2f}"
-        )
+    worse = worse_arms(made) & {r["arm"] for r in found} - set(BENT)
+    kinds = {"above it after 500 steps": (worse, min), "below it": ({r["arm"] for r in found} - worse - set(BENT), max)}
+    kinds |= {name: ({name}, max) for name in BENT}
+    print("runs with a loss on held-out clips above the base's, of all; with the lowest, or highest, ratio")
+    for kind, (arms, extreme) in kinds.items():
+        print(f"{kind}: {', '.join(sorted(arms))}")
+        for step in ALARM_LOOKS:
+            of = [r["ratio"] for r in found if r["step"] == step and r["arm"] in arms]
+            if of:
+                print(f"  step {step:3}: {sum(r > 1 for r in of)} of {len(of)}, {extreme.__name__} {extreme(of):.2f}")
 
 
 STYLE_AT = (0, 125, 250, 500, 1000, 2500, 4000)  # steps
@@ -919,7 +938,9 @@ def pictures(work):
 
     arms, wanted = study_arms(), 0
     for row in read_table(table("runs")) + style_checkpoints():
-        shown = row["arm"] in PICTURED or (3 in arms[row["arm"]].questions if row["arm"] in arms else row["step"] in STYLE_PICTURED)
+        shown = row["arm"] in PICTURED or (
+            3 in arms[row["arm"]].questions if row["arm"] in arms else row["step"] in STYLE_PICTURED
+        )
         if shown and row["seed"] <= 1 and sheet_of(work, row).exists():
             picture_of(row).parent.mkdir(parents=True, exist_ok=True)
             Image.open(sheet_of(work, row)).convert("RGB").save(picture_of(row), quality=85, method=6)
@@ -1072,6 +1093,11 @@ def claims():
         Claim(6, "8-bit AdamW distorts more than AdamW at 2e-3", "score_away", at("full 2e-3 adamw8bit"), end, True),
         Claim(6, "adafactor distorts more than AdamW at 2e-3", "score_away", at("full 2e-3 adafactor"), end, True),
         Claim(6, "weight decay of 1e-2 distorts less than 1e-4 at 2e-3", "score_away", end, at("full 2e-3 weight decay 1e-2"), True),
+        *(
+            Claim(6, f"by the recipe (four clips a step, 400 steps, clipping at 1) {who} at {lr} ends with a higher held-out loss than at {best}", "loss_concept", at(f"{method} {lr} recipe", 400), at(f"{method} {best} recipe", 400))
+            for who, method, best, others in (("full fine-tuning", "full", "1e-4", ("2e-4", "6e-4")), ("LoRA", "lora", "2e-3", ("6e-4", "6e-3")))
+            for lr in others
+        ),
         Claim(7, "rounded to nearest in bf16, full fine-tuning at 2e-5 learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16-nearest")),
         Claim(7, "rounded stochastically, it learns less", "concept_concept", at("full 2e-5"), at("full 2e-5 bfloat16")),
         Claim(7, "at 1e-4, to nearest, it learns less", "concept_concept", at("full 1e-4"), at("full 1e-4 bfloat16-nearest")),
@@ -1396,7 +1422,7 @@ def show_alarm(figure, made):
         for panel, measure in ((axes, "ratio"), (other, "update_ratio")):
             panel.plot(
                 [r["step"] for r in rows], [r[measure] for r in rows], "-" if method_of(arm) == "full" else "--",
-                color="tab:red" if arm in worse else "tab:blue", linewidth=0.9, alpha=0.7,
+                color="tab:orange" if arm in BENT else "tab:red" if arm in worse else "tab:blue", linewidth=0.9, alpha=0.7,
             )  # fmt: skip
     axes.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
     for panel, title in (
@@ -1408,6 +1434,7 @@ def show_alarm(figure, made):
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
     axes.plot([], [], color="tab:red", label="arms above it at step 500 in other seeds")
+    axes.plot([], [], color="tab:orange", label="arms near it or below, but bent")
     axes.plot([], [], color="tab:blue", label="arms below it")
     axes.plot([], [], "-", color="0.3", label="full")
     axes.plot([], [], "--", color="0.3", label="LoRA")

@@ -99,7 +99,9 @@ def test_teaching_the_style_is_judged_on_prompts_with_and_without_its_words(tmp_
     monkeypatch.setattr(study, "STYLE_PROMPTS", study.STYLE_PROMPTS[:1])
     before, after = study.run_style(("lora 2e-3", 1, tmp_path))
     assert (before["step"], after["step"]) == (0, 2) and before["loss_style"] != after["loss_style"]
-    assert all(0 <= row[name] <= 1 for row in (before, after) for name in ("style_asked", "style_unasked", "pose_iou_asked"))
+    assert all(
+        0 <= row[name] <= 1 for row in (before, after) for name in ("style_asked", "style_unasked", "pose_iou_asked")
+    )
     assert before["style_unasked"] < 0.2  # the base paints
     assert len(list((tmp_path / "sheets").glob("style_lora_2e-3_seed_1_step_*.png"))) == 2
 
@@ -130,11 +132,30 @@ def test_a_run_that_stands_under_two_arms_counts_once():
     assert study.each_once(ends) == [ends[0], ends[2]]
 
 
-def test_long_runs_of_an_arm_go_on_where_it_ended():
-    made = [model("base", 0.3, 2.0, step=0), model("lora 2e-3", 0.5, 2.5, step=4000)]
-    made += [model("lora 2e-3 long", 0.6, 3.0, seed=seed, step=20_000) for seed in (1, 2)]
+def test_long_runs_of_an_arm_go_on_where_it_ended_with_the_seeds_that_have_both():
+    made = [model("base", 0.3, 2.0, seed=0, step=0)]
+    made += [model("lora 2e-3", 0.5, 2.5 + seed, seed=seed, step=4000) for seed in (1, 2, 3)]
+    made += [model("lora 2e-3 long", 0.6, 3.0 + seed, seed=seed, step=20_000) for seed in (1, 2)]
     found = study.series(made, "lora 2e-3", "score_away")
-    assert (found.x, found.mean, found.seeds) == ([0, 4000, 20_000], [2.0, 2.5, 3.0], 2)
+    assert (found.x, found.mean, found.seeds) == ([0, 4000, 20_000], [2.0, 4.0, 4.5], 2)
+    assert (found.low[1], found.high[1]) == (3.5, 4.5)
+
+
+def test_the_alarm_is_counted_by_how_runs_end(monkeypatch, capsys):
+    made = [
+        model("base", 0.3, 2.0, seed=0, loss=0.05, step=0),
+        model("full 2e-3", 0.3, 4.0, loss=0.06),
+        model("lora 2e-3", 0.5, 2.5),
+    ]
+    looks = [("full 2e-3", 1.5), ("lora 2e-3", 0.9), ("lora 2e-3", 1.1), ("full 2e-4 lion8bit", 0.7)]
+    monkeypatch.setattr(study, "checkpoints", lambda: made)
+    monkeypatch.setattr(
+        study, "read_table", lambda _: [{"arm": arm, "step": 50, "ratio": ratio} for arm, ratio in looks]
+    )
+    study.alarms()
+    told = capsys.readouterr().out
+    assert "full 2e-3\n  step  50: 1 of 1, min 1.50" in told
+    assert "lora 2e-3\n  step  50: 1 of 2, max 1.10" in told and "lion8bit\n  step  50: 0 of 1, max 0.70" in told
 
 
 @pytest.mark.parametrize("question", study.QUESTIONS)
