@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 import cogvideo_lite as cl  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
-CAPACITY = (12, 16, 24, 48, 80)  # GiB
+# A card's GB -> GiB that torch finds on one, from users' out-of-memory messages: RTX 3060, RTX 4080, RTX 4090, RTX A6000, H100.
+CAPACITY = {12: 11.7, 16: 15.7, 24: 23.6, 48: 47.4, 80: 79.1}
 LADDER = {  # frames x height x width, from the native size of the model down
     "2b": [(49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480), (17, 256, 256)],
     "1.5": [(81, 768, 1360), (49, 768, 1360), (49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480)],
@@ -328,7 +329,7 @@ def row_of_capacity(model, options, native):
     ladder = LADDER.get(model, LADDER["2b"])
     smaller = functools.cache(lambda size: native if size == native.size else Capacity(model, size, options))
     cells = []
-    for vram in CAPACITY:
+    for vram in CAPACITY.values():
         cell = next((cell for size in ladder if (cell := cell_of(smaller(size), vram))), None)
         cells.append(cell or f"none: {smaller(ladder[-1])(1):.1f} for {'x'.join(map(str, ladder[-1]))}")
     return cells
@@ -343,7 +344,7 @@ def capacity(models):
     print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
     print("| --- |" + " --- |" * len(CAPACITY), flush=True)
     trade, claim = [], []
-    claimed = [(model, method) for model in ("2b", "5b") if model in models for method in ("lora", "full")]
+    claimed = [(model, method) for model in ("2b", "5b") if model in models for method in METHODS if method != "qlora"]
     with tqdm(total=len(METHODS) * len(models), unit="row", smoothing=0) as progress:
         for model in models:
             for name, options in METHODS.items():
@@ -364,7 +365,7 @@ def capacity(models):
         print("| model, method | batch 6 | batch 8 | rehearsed | largest batch | the claim |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
     for name, need, of_8 in claim:
-        most = largest(need, 80)
+        most = largest(need, CAPACITY[80])
         verdict = "holds" if most >= 8 else f"holds up to {most}" if most >= 6 else "does not hold"
         print(f"| {name} | {need.training(6):.1f} | {need.training(8):.1f} | {of_8:.1f} | {most} | {verdict} |")
     print("\nGradient checkpointing at the native size, predicted: GiB of training on one clip, work of a step, largest batch in "
@@ -374,7 +375,7 @@ def capacity(models):
     for name, need, without in trade:
         a, b = need.one.flops, without.one.flops
         print(f"| {name} | {need.training(1):.1f} | {without.training(1):.1f} | {a:.3g} | {b:.3g} "
-              f"| {100 * (a / b - 1):+.0f} % | {largest(need, 80)} | {largest(without, 80)} |")  # fmt: skip
+              f"| {100 * (a / b - 1):+.0f} % | {largest(need, CAPACITY[80])} | {largest(without, CAPACITY[80])} |")  # fmt: skip
 
 
 def main():

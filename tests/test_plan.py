@@ -261,6 +261,8 @@ CASES = {
     "nano full": (NANO, dict(method="full", batch_size=8)),
     "midsize lora": ("midsize", dict(method="lora")),
     "midsize lora, checkpointed": ("midsize", dict(method="lora", gradient_checkpointing=True)),
+    "midsize qlora": ("midsize", dict(method="qlora")),
+    "midsize lora, averaged": ("midsize", dict(method="lora", ema=0.99)),
     "midsize full": ("midsize", dict(method="full")),
     "midsize full, in backward, 8-bit": ("midsize", dict(method="full", optimizer="adamw8bit", fused_backward=True)),
     "midsize full, accumulating": ("midsize", dict(method="full", batch_size=2, micro_batch_size=1)),
@@ -283,7 +285,11 @@ def test_real_steps_allocate_what_was_predicted(case, midsize, tmp_path):
 
 
 # "tiles": as for large models, whose clips are coded and decoded in tiles of their VAE's own size, 480x720 and a quarter of it.
-PHASES = {"nano": {}, "tiny": dict(frames=17, height=128, width=256), "tiny, tiles": dict(frames=17, height=512, width=768)}
+PHASES = {
+    "nano": {},
+    "tiny": dict(frames=17, height=128, width=256),
+    "tiny, tiles": dict(frames=17, height=512, width=768),
+}
 
 
 @pytest.fixture
@@ -316,7 +322,9 @@ def test_really_coding_a_clip_and_a_prompt_allocates_what_was_predicted(case, ph
 @pytest.mark.parametrize("case, method", [*((case, "lora") for case in PHASES), ("nano", "full")])
 def test_real_sampling_allocates_what_was_predicted(case, method, phase, tmp_path, monkeypatch):
     config, base = phase(case, method=method, sampling_steps=2)
-    monkeypatch.setattr(cl, "rehearse_decoding", cl.rehearse_decoding.__wrapped__)  # else it would remember the size alone
+    monkeypatch.setattr(
+        cl, "rehearse_decoding", cl.rehearse_decoding.__wrapped__
+    )  # else it would remember the size alone
     predicted = cl.rehearse(config, base, base.transformer["num_layers"], card=False).peak_bytes("sampling")
     trainer = trainer_without_data(config, tmp_path, prompts=base.sampled_at_once)
     for i, p in enumerate(trainer.parameters):  # an optimizer has its states from the first update on
@@ -368,7 +376,11 @@ def test_t5_in_few_bits_takes_less(bits):
 # ------------------------------------------------------------------------------------------------- published, and a plan
 
 
-@pytest.mark.parametrize("row", [0, 12], ids=["2b lora without checkpointing", "2b full with 8-bit states, four clips"])
+@pytest.mark.parametrize(
+    "row",
+    [0, 12, 13],
+    ids=["2b lora without checkpointing", "2b full with 8-bit states, four clips", "5b full with 8-bit states"],
+)
 def test_recipes_of_other_trainers_come_out_near_what_they_published(row):
     from bench_plan import foreign_run
 
@@ -584,6 +596,55 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys):
     assert cl.main([str(tmp_path) if a == "EMPTY" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("file, change, words", [
+    ("transformer/config.json", {"num_layers": None}, "num_layers None"), ("transformer/config.json", {"num_layers": "x"}, "num_layers 'x'"),
+    ("vae/config.json", {"temporal_compression_ratio": None}, "temporal_compression_ratio None"),
+    ("text_encoder/config.json", [], "no table"), ("vae/config.json", [], "no table"), ("text_encoder/config.json", {"d_model": None}, "d_model None"),
+])  # fmt: skip
+def test_a_configuration_that_diffusers_did_not_write_so_is_refused_in_one_line(file, change, words, tmp_path, capsys):
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"):
+        (tmp_path / name).write_text((NANO / name).read_text())
+    (tmp_path / file).write_text(json.dumps({**json.loads((NANO / file).read_text()), **change} if change else change))
+    assert cl.main(["--plan", "--lora", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert file in error and words in error and len(error.splitlines()) == 1
+
+
+KNOBS = {  # configuration -> a knob that it is offered, and its options
+    "checkpointing": (dict(gradient_checkpointing=False), dict(gradient_checkpointing=True)),
+    "fewer clips in memory": (dict(batch_size=4), dict(micro_batch_size=1)),
+    "still fewer": (dict(batch_size=8, micro_batch_size=4), dict(micro_batch_size=1)),
+    "fewer clips a step": (dict(method="full", batch_size=4, fused_backward=True), dict(batch_size=1, micro_batch_size=None)),
+    "8-bit states": (dict(), dict(optimizer="adamw8bit")),
+    "4-bit base": (dict(), dict(method="qlora")),
+    "4-bit T5": (dict(), dict(quantize_text_encoder="4bit")),
+    "activations on the host": (dict(gradient_checkpointing=True), dict(offload_activations=True)),
+    "bf16 weights": (dict(method="full", trained_dtype="float32"), dict(trained_dtype="bfloat16")),
+    "fewer frames": (dict(frames=49), dict(frames=25)),
+    "smaller clips": (dict(height=480, width=720), dict(height=320, width=480)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KNOBS)
+def test_the_knobs_that_could_help_are_offered_and_those_turned_already_are_not(case):
+    fields, turns = KNOBS[case]
+    config, _ = cl.resolve_plan(cl.Config(model=LARGE["5b"], **{"frames": 49, "height": 480, "width": 720, **fields}))
+    assert turns in [changes for _, changes in cl.knobs(config)]
+    turned = cl.resolve_plan(cl.changed(config, **turns))[0]
+    if not {"frames", "height"} & turns.keys():
+        assert turns not in [changes for _, changes in cl.knobs(turned)]
+
+
+def test_a_plan_that_only_just_fits_says_so(capsys, monkeypatch):
+    need = cl.planner(cl.Config(), cl.arithmetic_on("H100", cl.Config().model))().peak_gib
+    monkeypatch.setattr(cl, "knobs", lambda config: [])
+    for vram, tight in ((1.02 * need, True), (1.2 * need, False), (0.99 * need, False)):
+        assert cl.main(["--plan", "--lora", "--card", "H100", "--vram", f"{vram:.4f}"]) == 0
+        assert ("tight" in capsys.readouterr().out) == tight
 
 
 def test_options_are_spelled_as_the_command_line_takes_them():
