@@ -900,10 +900,10 @@ class Series:
     seeds: int
 
 
-def series(made, arm, measure, along="step"):
-    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first, its long runs last;
-    of the seeds that have all of them, so that a line does not bend where another seed joins in. Raises KeyError where there is none."""
-    names = arm, f"{arm} long", "base"
+def series(made, arm, measure, along="step", long=False):
+    """`measure` of the checkpoints of an arm that lie on its way (no blends), over the mean of `along`, base first, and if asked for
+    its long runs last; of the seeds that have all of them, so that a line does not bend where a seed ends. Raises KeyError where there is none."""
+    names = arm, "base", f"{arm} long" * long
     mine = [c for c in made if c["arm"] in names and c["blend"] == 1 and isinstance(c.get(measure), float)]
     steps = sorted({c["step"] for c in mine})
     if not any(steps):
@@ -1314,7 +1314,7 @@ def show_along(figure, made, along, arms, measures):
         axes.axhline(base[measure], color=METHODS["base"], linewidth=0.8, linestyle=":", label="base")
         if along == "step":
             for arm, style in arms.items():
-                s = series(made, arm, measure)
+                s = series(made, arm, measure, long=True)
                 line = axes.plot(s.x, s.mean, marker="o", markersize=3, label=arm, **style)[0]
                 axes.fill_between(s.x, s.low, s.high, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.set_xscale("symlog", linthresh=125)

@@ -136,7 +136,8 @@ def test_long_runs_of_an_arm_go_on_where_it_ended_with_the_seeds_that_have_both(
     made = [model("base", 0.3, 2.0, seed=0, step=0)]
     made += [model("lora 2e-3", 0.5, 2.5 + seed, seed=seed, step=4000) for seed in (1, 2, 3)]
     made += [model("lora 2e-3 long", 0.6, 3.0 + seed, seed=seed, step=20_000) for seed in (1, 2)]
-    found = study.series(made, "lora 2e-3", "score_away")
+    assert study.series(made, "lora 2e-3", "score_away").x == [0, 4000]
+    found = study.series(made, "lora 2e-3", "score_away", long=True)
     assert (found.x, found.mean, found.seeds) == ([0, 4000, 20_000], [2.0, 4.0, 4.5], 2)
     assert (found.low[1], found.high[1]) == (3.5, 4.5)
 
