@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -289,16 +290,22 @@ PHASES = {
     "nano": {},
     "tiny": dict(frames=17, height=128, width=256),
     "tiny, tiles": dict(frames=17, height=512, width=768),
+    "tiny 1.5, tiles": dict(frames=33, height=256, width=384),
 }
 
 
 @pytest.fixture
-def phase(tiny, monkeypatch):
+def phase(tiny, monkeypatch, tmp_path):
     """(config, base) of a case of PHASES and further fields."""
 
     def resolved(case, **fields):
         monkeypatch.setattr(cl.Base, "large", case.endswith("tiles"))
-        folder = NANO if case == "nano" else tiny("5b")
+        folder = NANO if case == "nano" else tiny("1.5" if "1.5" in case else "5b")
+        if "1.5" in case:  # whose positions would else end at 32 pixels
+            folder = shutil.copytree(folder, tmp_path / "larger")
+            settings = json.loads((folder / "transformer/config.json").read_text())
+            settings |= dict(sample_height=64, sample_width=64)
+            (folder / "transformer/config.json").write_text(json.dumps(settings))
         return cl.resolve_plan(cl.Config(model=str(folder), compute_dtype="float32", **PHASES[case], **fields))
 
     return resolved
