@@ -1318,7 +1318,8 @@ def show_along(figure, made, along, arms, measures):
                 line = axes.plot(s.x, s.mean, marker="o", markersize=3, label=arm, **style)[0]
                 axes.fill_between(s.x, s.low, s.high, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.set_xscale("symlog", linthresh=125)
-            ticks = sorted({0, *EVERY} | {c["step"] for c in made if c["arm"].removesuffix(" long") in arms})
+            steps = {c["step"] for c in made if c["arm"].removesuffix(" long") in arms}
+            ticks = sorted({0, *EVERY} | steps - {LONG[0]})  # for which there is no room
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
         else:
             for method, rates in arms.items():

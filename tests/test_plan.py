@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -660,6 +661,15 @@ def test_options_are_spelled_as_the_command_line_takes_them():
     )
     given = cl.parser().parse_args(shlex.split(cl.as_options(fields)))
     assert fields.items() <= vars(given).items()
+
+
+def test_the_readme_shows_what_the_command_prints(capsys):
+    text = (ROOT / "README.md").read_text()
+    command, shown = re.search(
+        r"```bash\npython cogvideo_lite.py (--plan [^\n]*)\n```.*?```\n(plan of .*?)\n```", text, re.DOTALL
+    ).groups()
+    assert cl.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.strip() == shown
 
 
 def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
