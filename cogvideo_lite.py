@@ -3497,7 +3497,7 @@ def plan_command(config, vram=None, card=None):
         raise UserError(f"--card '{card}': must be one of {', '.join(CARDS)}")
     if vram is not None and not 0 < vram < math.inf:
         raise UserError(f"--vram {vram:g}: must be a number of GiB above 0")
-    held_against = "" if vram else f", what torch finds on {card}" if card else ", the card that is here"
+    held_against = "" if vram else f", what torch finds on the {card}" if card else ", the card that is here"
     if not vram and not card and not torch.cuda.is_available():
         vram, held_against = (
             CARDS[USUAL_CARD][2],
@@ -3522,6 +3522,9 @@ def plan_command(config, vram=None, card=None):
     seconds, told = time_of_step(planned, card)
     print(f"\ntime, estimated: {planned.flops:.3g} FLOP a step, {seconds:.3g} s at {told};\n"
           f"{seconds * c.steps / 3600:.2g} hours for {c.steps} steps, without caching and sampling")  # fmt: skip
+    if seconds > 1 and not card and not torch.cuda.is_available():  # a card has no time to show with a small model
+        there, _ = time_of_step(planned, USUAL_CARD)
+        print(f"(that is this CPU; on the {USUAL_CARD} {there:.3g} s a step, estimated as with --card)")
     print("\nwhat would change the peak, predicted:", flush=True)
     rows = []
     for name, changes in knobs(c):

@@ -672,6 +672,20 @@ def test_the_readme_shows_what_the_command_prints(capsys):
     assert capsys.readouterr().out.strip() == shown
 
 
+def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, monkeypatch):
+    monkeypatch.setattr(cl, "knobs", lambda config: [])
+    monkeypatch.setattr(cl, "measured_rate", lambda *_: 1e11)
+    assert cl.main(["--plan", "--lora", "--model", LARGE["2b"]]) == 0
+    printed = capsys.readouterr().out
+    flops = float(re.search(r"estimated: (\S+) FLOP", printed)[1])
+    here, there = (
+        float(re.search(r"a step, (\S+) s at least", printed)[1]),
+        float(re.search(r"RTX 4090 (\S+) s a step", printed)[1]),
+    )
+    assert (here, there) == (pytest.approx(flops / 1e11, rel=0.01), pytest.approx(flops / (0.4 * 165e12), rel=0.01))
+    assert "24 GB card" in printed
+
+
 def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cl.main(["--plan", "--lora", "--vram", "24", "--card", "RTX 4090"]) == 0
