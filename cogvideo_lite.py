@@ -540,7 +540,7 @@ READ_OF_TRANSFORMER = dict.fromkeys(
      "sample_height", "sample_width"), int,
 )  # fmt: skip
 READ_OF_VAE = dict(
-    block_out_channels=list, latent_channels=int, scaling_factor=float, temporal_compression_ratio=(int, float)
+    block_out_channels=list, latent_channels=int, scaling_factor=(int, float), temporal_compression_ratio=(int, float)
 )
 
 
