@@ -6,8 +6,8 @@
 Two processes of one clip each: data parallel (DDP), ZeRO-1 and ZeRO-2, AdamW on float32 weights, the same samples, the same loss in the last
 step. And one process of one clip, as `--full` trains real models: bf16 weights, factored states, each step taken inside backward.
 Held: bytes of tensors between two steps. Peak: the most during the third step, activations of one checkpointed block among
-them. On a CPU both are counted by torch's profiler, on a card by its allocator. ZeRO-3 trains here too, to the same loss, but is left out:
-the profiler does not see all that it gives back.
+them. On a CPU both are counted by torch's profiler, on a card by its allocator. ZeRO-3 is left out: the profiler does not see all
+that it gives back.
 """
 
 import argparse

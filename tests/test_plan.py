@@ -254,8 +254,7 @@ def trainer_without_data(config, folder, prompts=1):
     cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(base.text_length, text))
     pair = folder / "clip.safetensors", folder / "prompt.safetensors"
     cache = cl.Cache([pair], [pair], pair[1], dict.fromkeys(map(str, range(prompts)), pair[1]))
-    trainer = cl.Trainer(dataclasses.replace(config, compute_dtype="float32"), base, cache, Accelerator(cpu=True))
-    return trainer
+    return cl.Trainer(dataclasses.replace(config, compute_dtype="float32"), base, cache, Accelerator(cpu=True))
 
 
 CASES = {
