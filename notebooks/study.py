@@ -999,7 +999,7 @@ class Claim:
     measure: str
     above: tuple | str
     below: tuple | str
-    afterwards: bool = False  # put after a look at the seeds that it is answered with
+    afterwards: bool = False  # put after a look at seeds 1 to 4
     equal: str = ""
     extended: bool = False  # with three seeds it was unclear, so a fourth was added
     least: float = 0.0  # concept score of the models that `equal` compares
@@ -1195,29 +1195,38 @@ def answer(claim, made):
     return found, half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
 
 
-ANSWER_COLUMNS = ("question", "claim", "measure", "mean difference", "of each seed", "verdict")
+FRESH = 5  # seeds from here up were run when every claim stood
+ANSWER_COLUMNS = ("question", "claim", "measure", "mean difference", "of each seed", "verdict", "on fresh seeds alone")
 
 
 def answer_rows(questions=None):
-    """The claims under each question that have been tried, as rows of ANSWER_COLUMNS, all text. A star: put after a look at these seeds.
-    A dagger: it was unclear with three seeds, so a fourth was added."""
+    """The claims under each question that have been tried, as rows of ANSWER_COLUMNS, all text. A star: put after a look at seeds 1 to
+    4. A dagger: it was unclear with three seeds, so a fourth was added. Either is tried again on the seeds from FRESH up alone."""
     made, rows = checkpoints() + style_checkpoints(), []
+    fresh = [c for c in made if c["seed"] == 0 or c["seed"] >= FRESH]  # 0: the base
     for claim in claims():
         if not questions or claim.question in questions:
             found, half, verdict = answer(claim, made)
             if not found:
                 continue
-            shown = "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.2g}"
+            again, looked = "", claim.afterwards or claim.extended
+            if looked and (tried := answer(claim, fresh))[1] is not None:
+                again = f"{plus_minus(*tried[:2])}: {tried[2]}"
             each = ", ".join(f"{x:+.2g}" for x in found)
             verdict += "*" * claim.afterwards + "†" * claim.extended
             name = (SHOWN | STYLE_MEASURES)[claim.measure]
-            rows.append((str(claim.question), claim.words, name, shown, each, verdict))
+            rows.append((str(claim.question), claim.words, name, plus_minus(found, half), each, verdict, again))
     return rows
+
+
+def plus_minus(found, half):
+    """The mean of differences and half of its interval, as text; "" without an interval."""
+    return "" if half is None else f"{statistics.fmean(found):+.2g} ± {half:.2g}"
 
 
 def answers(questions):
     """Print a Markdown table of the claims under each question."""
-    print(f"| {' | '.join(ANSWER_COLUMNS)} |\n| --- | --- | --- | ---: | ---: | --- |")
+    print(f"| {' | '.join(ANSWER_COLUMNS)} |\n| --- | --- | --- | ---: | ---: | --- | --- |")
     for row in answer_rows(questions):
         print(f"| {' | '.join(row)} |")
 

@@ -142,6 +142,21 @@ def test_long_runs_of_an_arm_go_on_where_it_ended_with_the_seeds_that_have_both(
     assert (found.low[1], found.high[1]) == (3.5, 4.5)
 
 
+def test_a_claim_put_after_a_look_at_its_seeds_is_tried_on_later_seeds_alone(monkeypatch):
+    made = [model("full 1e-4", 0.4, 1.0, seed=seed) for seed in range(1, 8)]
+    made += [model("full 2e-3", 0.3, 2.0 if seed < 5 else 0.8 + seed / 1000, seed=seed) for seed in range(1, 8)]
+    above, below = ("full 2e-3", 500, 1.0), ("full 1e-4", 500, 1.0)
+    looked, fixed = (study.Claim(2, "it is more", "score_away", above, below, after) for after in (True, False))
+    monkeypatch.setattr(study, "checkpoints", lambda: made)
+    monkeypatch.setattr(study, "style_checkpoints", list)
+    monkeypatch.setattr(study, "claims", lambda: [looked, fixed])
+    star, plain = (dict(zip(study.ANSWER_COLUMNS, row)) for row in study.answer_rows())
+    assert star["verdict"] == "unclear*" and star["on fresh seeds alone"] == "-0.19 ± 0.0025: refuted"
+    assert plain["verdict"] == "unclear" and plain["on fresh seeds alone"] == ""
+    monkeypatch.setattr(study, "checkpoints", lambda: [c for c in made if c["seed"] < 7])
+    assert study.answer_rows()[0][-1] == ""  # two seeds are too few
+
+
 def test_the_alarm_is_counted_by_how_runs_end(monkeypatch, capsys):
     made = [
         model("base", 0.3, 2.0, seed=0, loss=0.05, step=0),
