@@ -3067,13 +3067,13 @@ def as_if_quantized(model, part, dtype, bits=4):
 
 
 def once_for_a_size(rehearsal):
-    """Remember what depends on the size of the clips alone: knobs are turned one after another, and it takes seconds."""
+    """Remember what depends on the model and the size of the clips alone: knobs are turned one after another, and it takes seconds."""
     made = {}
 
     @functools.wraps(rehearsal)
     def remembered(config, base, card=True):
         size = config.frames, config.height, config.width
-        model = base.transformer, base.vae, base.text_encoder, base.stored
+        model = base.transformer, base.vae, base.text_encoder, base.stored, base.large
         key = repr((*model, *size, config.compute_dtype, config.quantize_text_encoder, card))
         if key not in made:
             made[key] = rehearsal(config, base, card)
@@ -3245,6 +3245,34 @@ def rehearse(config, base, blocks, card=True, sampling=True):
     return ledger
 
 
+def decode_a_tile(pipe, latents, config):
+    """Take the memory that decoding latents (batch, F, C, H, W) in tiles takes at its most, by decoding one: the last that is whole,
+    beside those before it; and of its frames the first nine and the next eight, which see what each convolution keeps of the nine.
+    Then the clip, (1, 3, F, H, W), is put together, twice."""
+    import torch
+
+    vae, size, spatial = pipe.vae, latents.shape[3:], config.height // latents.shape[3]
+    vae.enable_tiling()
+    whole = vae.tile_latent_min_height, vae.tile_latent_min_width
+    overlap = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
+    rows, columns = (
+        [min(tile, cells - first) for first in range(0, cells, int(tile * (1 - share)))]
+        for cells, tile, share in zip(size, whole, overlap)
+    )
+    row, column = (max(k for k, n in enumerate(sizes) if n == max(sizes)) for sizes in (rows, columns))
+
+    def room(cells):
+        return torch.empty(3, config.frames, cells * spatial**2, dtype=latents.dtype)
+
+    before = room(sum(rows[:row]) * sum(columns) + rows[row] * sum(columns[:column]))
+    pipe.decode_latents(latents[:, :5, :, : whole[0], : whole[1]])
+    del before
+    tiles, joined = room(sum(rows) * sum(columns)), room(size[0] * size[1])
+    frames = torch.empty(1, 3, config.frames, config.height, config.width, dtype=latents.dtype)
+    del tiles, joined
+    return frames
+
+
 @once_for_a_size
 def rehearse_decoding(config, base, card):
     """Ledger of what sampling does with the VAE: "loading" it, and decoding, which stands under "sampling"."""
@@ -3262,26 +3290,7 @@ def rehearse_decoding(config, base, card):
         size = config.height // base.spatial, config.width // base.spatial
         shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
         latents, pipe = torch.empty(shape, dtype=dtype), CogVideoXPipeline(None, None, vae, None, None)
-        if base.large:
-            # Of the tiles one is decoded here, the last that is whole, beside those before it; and of its frames the first nine
-            # and the next eight, which see what each convolution keeps of the nine. Then the clip is put together, twice.
-            vae.enable_tiling()
-            whole = vae.tile_latent_min_height, vae.tile_latent_min_width
-            overlap = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
-            rows, columns = (
-                [min(tile, cells - first) for first in range(0, cells, int(tile * (1 - share)))]
-                for cells, tile, share in zip(size, whole, overlap)
-            )
-            row, column = (max(k for k, n in enumerate(sizes) if n == max(sizes)) for sizes in (rows, columns))
-            room = lambda cells: torch.empty(3, config.frames, cells * base.spatial**2, dtype=dtype)  # noqa: E731
-            before = room(sum(rows[:row]) * sum(columns) + rows[row] * sum(columns[:column]))
-            pipe.decode_latents(latents[:, :5, :, : whole[0], : whole[1]])
-            del before
-            tiles, joined = room(sum(rows) * sum(columns)), room(size[0] * size[1])
-            frames = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
-            del tiles, joined
-        else:
-            frames = pipe.decode_latents(latents)
+        frames = decode_a_tile(pipe, latents, config) if base.large else pipe.decode_latents(latents)
         pipe.video_processor.postprocess_video(frames, output_type="pt").float()
     return ledger
 
@@ -3517,10 +3526,16 @@ def plan_command(config, vram=None, card=None):
     print(f"  {'together':38}" + "".join(f"{need:10.2f}" for need in needs.values()))
     print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed;\n"
           "not known: workspaces of convolutions, --compile, several processes, what else is on the card)")  # fmt: skip
-    fits = planned.peak_gib <= vram
-    tight = f"; tight, since others' peaks were up to {100 * TIGHT:.0f} % above predictions of this kind"
-    print(f"\n{'fits' if fits else 'does not fit'} in {vram:g} GiB{held_against}: {planned.peak_gib:.1f} needed, by "
-          f"{max(needs, key=needs.get)}{tight if fits and planned.peak_gib > (1 - TIGHT) * vram else ''}")  # fmt: skip
+
+    def tight(found):
+        return (
+            f"; tight, since others' peaks were up to {100 * TIGHT:.0f} % above predictions of this kind"
+            if (1 - TIGHT) * vram < found.peak_gib <= vram
+            else ""
+        )
+
+    print(f"\n{'fits' if planned.peak_gib <= vram else 'does not fit'} in {vram:g} GiB{held_against}: {planned.peak_gib:.1f} needed, by "
+          f"{max(needs, key=needs.get)}{tight(planned)}")  # fmt: skip
     seconds, told = time_of_step(planned, card)
     print(f"\ntime, estimated: {planned.flops:.3g} FLOP a step, {seconds:.3g} s at {told};\n"
           f"{seconds * c.steps / 3600:.2g} hours for {c.steps} steps, without caching and sampling")  # fmt: skip
@@ -3537,7 +3552,9 @@ def plan_command(config, vram=None, card=None):
     for change, _, name, changes, by_phase in sorted(rows, key=lambda row: row[:2]):
         where = ", ".join(f"{phase} {gib:+.1f}" for phase, gib in by_phase.items() if abs(gib) >= 0.05)
         print(f"  {round(change, 1) + 0.0:+6.1f} GiB  {name:38} {as_options(changes):50} {where}")
-    changes, found = ({}, planned) if fits else fitting(planned_with, vram)
+    changes, found = fitting(planned_with, (1 - TIGHT) * vram)  # first with room to spare
+    if changes is None:
+        changes, found = fitting(planned_with, vram)
     if changes is None:
         print(f"\nnothing found that fits in {vram:g} GiB: the least that was found needs {found.peak_gib:.1f}")
         return
@@ -3545,7 +3562,7 @@ def plan_command(config, vram=None, card=None):
     said = {
         f.name: wanted[f.name] for f in dataclasses.fields(Config) if f.name == "method" or wanted[f.name] != f.default
     }
-    print(f"\nthis fits, with {found.peak_gib:.1f} GiB:\n  python cogvideo_lite.py {as_options(said)}")
+    print(f"\nthis fits, with {found.peak_gib:.1f} GiB{tight(found)}:\n  python cogvideo_lite.py {as_options(said)}")
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -314,7 +314,7 @@ def phase(tiny, monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", PHASES)
 def test_really_coding_a_clip_and_a_prompt_allocates_what_was_predicted(case, phase):
     config, base = phase(case)
-    predicted = cl.rehearse_caching.__wrapped__(config, base, False).peak_bytes("caching")
+    predicted = cl.rehearse_caching(config, base, False).peak_bytes("caching")
     vae, text_encoder = (base.load(part, torch.float32) for part in ("vae", "text_encoder"))
     clip = torch.rand(1, 3, config.frames, config.height, config.width)
     if case.endswith("tiles"):
@@ -329,9 +329,6 @@ def test_really_coding_a_clip_and_a_prompt_allocates_what_was_predicted(case, ph
 @pytest.mark.parametrize("case, method", [*((case, "lora") for case in PHASES), ("nano", "full")])
 def test_real_sampling_allocates_what_was_predicted(case, method, phase, tmp_path, monkeypatch):
     config, base = phase(case, method=method, sampling_steps=2)
-    monkeypatch.setattr(
-        cl, "rehearse_decoding", cl.rehearse_decoding.__wrapped__
-    )  # else it would remember the size alone
     predicted = cl.rehearse(config, base, base.transformer["num_layers"], card=False).peak_bytes("sampling")
     trainer = trainer_without_data(config, tmp_path, prompts=base.sampled_at_once)
     for i, p in enumerate(trainer.parameters):  # an optimizer has its states from the first update on
@@ -393,9 +390,9 @@ def test_recipes_of_other_trainers_come_out_near_what_they_published(row):
 
     with open(ROOT / "tests/published_memory.csv", newline="") as file:
         row = list(csv.DictReader(file))[row]
-    before, peak = foreign_run(row)
+    before, peak, second = foreign_run(row)
     assert before == pytest.approx(float(row["before_gib"]), rel=0.02)
-    assert peak == pytest.approx(float(row["train_gib"]), rel=0.04)
+    assert peak == pytest.approx(float(row["train_gib"]), rel=0.04) and second >= peak
 
 
 def test_a_plan_has_every_phase_in_parts_that_add_up():
@@ -414,12 +411,10 @@ def test_what_fits_is_found_by_turning_knobs(midsize, monkeypatch):
     monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
     asked = cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2)
     planned_with = cl.planner(asked)
-    vram = 0.6 * planned_with().peak_gib
+    vram = 0.7 * planned_with().peak_gib
     changes, found = cl.fitting(planned_with, vram)
     assert changes and found.peak_gib <= vram
     assert cl.plan(cl.changed(asked, **changes)).peak_gib == found.peak_gib
-    changes, least = cl.fitting(planned_with, 1e-3)
-    assert changes is None and 1e-3 < least.peak_gib < found.peak_gib
 
 
 def planned_by(**phases):
@@ -440,6 +435,12 @@ def test_what_proves_needless_in_the_end_is_not_given_up():
     assert set(changes) == {"height", "width"} and found.peak_gib == 10
     changes, _ = cl.fitting(planned_with, 9)
     assert set(changes) == {"frames", "height", "width"}
+
+
+def test_where_nothing_fits_the_least_that_was_found_is_told():
+    planned_with = planned_by(training=lambda changed: 20 - 2 * ("frames" in changed) - 5 * ("height" in changed))
+    changes, least = cl.fitting(planned_with, 12)
+    assert changes is None and least.peak_gib == 13
 
 
 def test_a_knob_that_lowers_what_is_not_the_largest_phase_yet_is_turned_too():
@@ -484,13 +485,14 @@ def test_what_does_not_fit_is_answered_with_a_command_that_does(midsize, monkeyp
         "2",
     ]
     whole = cl.plan(cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2))
-    vram = 0.6 * whole.peak_gib
+    vram = 0.7 * whole.peak_gib
     assert cl.main(["--plan", *asked, "--vram", str(vram)]) == 0
     printed = capsys.readouterr().out
     assert "does not fit in" in printed
     savings = [float(line.split()[0]) for line in printed.splitlines() if line.strip()[:1] in "+-" and " GiB  " in line]
     assert len(savings) > 3 and savings == sorted(savings)  # the largest first
     command = printed.strip().splitlines()[-1].strip().removeprefix("python cogvideo_lite.py ")
+    monkeypatch.setattr(cl, "knobs", lambda config: [])  # the answer is enough
     assert cl.main(["--plan", *shlex.split(command), "--vram", str(vram)]) == 0
     assert "does not fit" not in capsys.readouterr().out
 
@@ -646,12 +648,18 @@ def test_the_knobs_that_could_help_are_offered_and_those_turned_already_are_not(
         assert turns not in [changes for _, changes in cl.knobs(turned)]
 
 
-def test_a_plan_that_only_just_fits_says_so(capsys, monkeypatch):
-    need = cl.planner(cl.Config(), cl.arithmetic_on("H100", cl.Config().model))().peak_gib
-    monkeypatch.setattr(cl, "knobs", lambda config: [])
-    for vram, tight in ((1.02 * need, True), (1.2 * need, False), (0.99 * need, False)):
-        assert cl.main(["--plan", "--lora", "--card", "H100", "--vram", f"{vram:.4f}"]) == 0
-        assert ("tight" in capsys.readouterr().out) == tight
+def test_a_plan_that_only_just_fits_says_so_and_one_with_room_to_spare_is_looked_for(capsys, monkeypatch):
+    planned_with = planned_by(training=lambda changed: 20 - 1 * ("frames" in changed))
+    monkeypatch.setattr(cl, "planner", lambda *_: planned_with)
+    for vram, first, last in (
+        (22.0, "fits in 22 GiB: 20.0 needed, by training\n", "this fits, with 20.0 GiB:\n"),
+        (20.8, "fits in 20.8 GiB: 20.0 needed, by training; tight", "this fits, with 19.0 GiB:\n"),
+        (19.5, "does not fit in 19.5 GiB: 20.0 needed, by training\n", "this fits, with 19.0 GiB; tight"),
+        (18.0, "does not fit in 18 GiB: 20.0 needed, by training\n", "nothing found that fits in 18 GiB"),
+    ):
+        assert cl.main(["--plan", "--lora", "--card", "H100", "--vram", str(vram)]) == 0
+        told = capsys.readouterr().out
+        assert first in told and last in told
 
 
 def test_options_are_spelled_as_the_command_line_takes_them():
@@ -748,7 +756,7 @@ def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_pa
         writer = csv.DictWriter(file, rows["peak"].keys())
         writer.writeheader()
         writer.writerows(rows.values())
-    monkeypatch.setattr(bench_plan, "foreign_run", lambda row: (1.0, 1.1 * float(row["train_gib"])))
+    monkeypatch.setattr(bench_plan, "foreign_run", lambda row: (1.0, 1.1 * float(row["train_gib"]), 1e3))
     monkeypatch.setattr(sys, "argv", ["bench_plan.py", "--rows", str(tmp_path / "rows.csv")])
     bench_plan.main()
     lines = capsys.readouterr().out.splitlines()
