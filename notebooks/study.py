@@ -1,6 +1,6 @@
 """The long studies behind the lessons, each remade by one command, each writing to notebooks/results/.
 
-    python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (4 minutes)
+    python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (9 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
     python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
     python notebooks/study.py style         how many steps does a style take, by LoRA and by full fine-tuning?     (20 minutes)
@@ -1505,7 +1505,9 @@ def main(argv=None):
             "results",
         ],
     )
-    parser.add_argument("--clips", type=int, default=8, help="held-out clips of each world, for validate [8]")
+    parser.add_argument(
+        "--clips", type=int, default=32, help="held-out clips of each world, at most, for validate [32]"
+    )
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
     parser.add_argument("--questions", nargs="+", type=int, choices=QUESTIONS, help="arms of these questions [all]")
