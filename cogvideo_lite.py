@@ -147,7 +147,7 @@ NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scal
 LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
 NANO_LORA = dict(
     NANO, lr=2e-3, optimizer="adamw",
-    source="of five rates that with the lowest held-out loss after 500 steps of one clip, and of three after 400 of four "
+    source="the lowest held-out loss of five rates after 500 steps of one clip each, and of three after 400 of four each "
     "(notebooks/study.py results --questions 3 6)",
 )  # fmt: skip
 LARGE_LORA = dict(
@@ -160,7 +160,7 @@ RECIPES = {
     ("nano", "qlora"): NANO_LORA,
     ("nano", "full"): dict(
         NANO, lr=1e-4, optimizer="adamw",
-        source="of six rates that with the lowest held-out loss after 500 steps of one clip, and of three after 400 of four "
+        source="the lowest held-out loss of six rates after 500 steps of one clip each, and of three after 400 of four each "
         "(notebooks/study.py results --questions 3 6)",
     ),
     ("large", "lora"): LARGE_LORA,
