@@ -17,6 +17,7 @@ Published figures are GiB of `torch.cuda.max_memory_reserved`. What the recipes 
   leave no room for these states during backward, as in a first step: so rows are compared with one step. What the second adds
   stands beside it.
 - finetrainers, LoRA: taken to do the same.
+- A row without `before_gib` is taken to have T5 and VAE elsewhere.
 
 On CUDA, autocast runs layer norms in fp32 and keeps fp32 copies of their inputs; autocast of a CPU does not, so it is added here.
 
@@ -187,7 +188,7 @@ def read_rows(file):
     try:
         with open(file, newline="", encoding="utf-8") as opened:
             reader = csv.DictReader(opened, restval="")
-            rows = list(reader)
+            rows = [{name: (text or "").strip() for name, text in row.items() if name} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise cl.UserError(f"--rows {file}: cannot be read ({error})")
     absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
@@ -210,6 +211,10 @@ def left_out(row):
     for name, known in KNOWN.items():
         if row[name] not in known:
             return f"{name} '{row[name]}' is not known here"
+    if row["before_gib"] and not is_number(row["before_gib"], 1e-6, float):
+        return f"before_gib '{row['before_gib']}' is no number of GiB"
+    if row["offload"] != "none" and row["optimizer"] != "adamw":
+        return f"{row['optimizer']} with {row['offload']} is not known here"
     whole = ["batch", "frames", "height", "width"] + (["rank"] if row["method"] == "lora" else [])
     for name in whole:
         if not is_number(row[name], 1):
@@ -233,13 +238,13 @@ def bound(note, predicted, published):
 
 
 def compare(file):
-    """Print a table of predicted beside published. Returns the errors of the rows of kind `peak`."""
+    """Print a table of predicted beside published. Returns of the rows of kind `peak` (errors, errors with a second step, number left out)."""
     rows = read_rows(file)
     print("Not known here: workspaces of convolutions, fragmentation after the first step, and what a source does not say of its recipe\n")  # fmt: skip
     print("| model, method | rank | batch | size | checkpointing | optimizer | before, published | predicted "
           "| peak, published | predicted | error | with a second step |")  # fmt: skip
     print("| --- | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |")
-    errors = []
+    errors, seconds, absent = [], [], 0
     for row in rows:
         optimizer = row["optimizer"] + ("" if row["offload"] == "none" else f", {row['offload']}")
         size = "x".join(row[k] for k in ("frames", "height", "width"))
@@ -253,6 +258,7 @@ def compare(file):
         ]
         reason = left_out(row)
         if reason:
+            absent += row["kind"] == "peak"
             print(f"| {' | '.join(cells)} | {row['before_gib']} | | {row['train_gib']} | | left out: {reason} | |")
             continue
         before, peak, second = foreign_run(row)
@@ -260,6 +266,7 @@ def compare(file):
         error = peak / published - 1
         if row["kind"] == "peak":
             errors.append(abs(error))
+            seconds.append(abs(second / published - 1))
             told = f"{100 * error:+.1f} %"
         elif row["kind"] == "bound":
             told = bound(row.get("note") or "", peak, published)
@@ -269,7 +276,7 @@ def compare(file):
             f"| {' | '.join(cells)} | {row['before_gib']} | {before:.3f} | {row['train_gib']} | {peak:.3f} | {told} | {second:.3f} |",
             flush=True,
         )
-    return errors
+    return errors, seconds, absent
 
 
 def at_batch(two, three, batch):
@@ -400,13 +407,16 @@ def main():
         capacity(args.capacity or list(NAMES))
         return
     try:
-        errors = compare(args.rows)
+        errors, seconds, absent = compare(args.rows)
     except cl.UserError as error:
         sys.exit(f"bench_plan: {error}")
     print(json.dumps({
         "median_error": statistics.median(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "rows": len(errors),
+        "median_error_of_two_steps": statistics.median(seconds) if seconds else None,
+        "worst_error_of_two_steps": max(seconds, default=None),
+        "peaks_left_out": absent,
     }))  # fmt: skip
 
 

@@ -623,6 +623,21 @@ def test_a_configuration_that_diffusers_did_not_write_so_is_refused_in_one_line(
     assert file in error and words in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("file, change", [
+    ("transformer/config.json", {"patch_size": 0}), ("transformer/config.json", {"activation_fn": "nonsense"}),
+    ("vae/config.json", {"block_out_channels": []}), ("text_encoder/config.json", {"d_kv": "x"}),
+])  # fmt: skip
+def test_a_configuration_that_cannot_be_built_or_run_is_refused_in_one_line(file, change, tmp_path, capsys):
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"):
+        (tmp_path / name).write_text((NANO / name).read_text())
+    (tmp_path / file).write_text(json.dumps(json.loads((NANO / file).read_text()) | change))
+    assert cl.main(["--plan", "--lora", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and "config.json" in error and len(error.splitlines()) == 1
+
+
 KNOBS = {  # configuration -> a knob that it is offered, and its options
     "checkpointing": (dict(gradient_checkpointing=False), dict(gradient_checkpointing=True)),
     "fewer clips in memory": (dict(batch_size=4), dict(micro_batch_size=1)),
@@ -648,18 +663,43 @@ def test_the_knobs_that_could_help_are_offered_and_those_turned_already_are_not(
         assert turns not in [changes for _, changes in cl.knobs(turned)]
 
 
-def test_a_plan_that_only_just_fits_says_so_and_one_with_room_to_spare_is_looked_for(capsys, monkeypatch):
+def test_beside_a_plan_that_only_just_fits_stands_one_with_room_to_spare(capsys, monkeypatch):
     planned_with = planned_by(training=lambda changed: 20 - 1 * ("frames" in changed))
     monkeypatch.setattr(cl, "planner", lambda *_: planned_with)
-    for vram, first, last in (
+    for vram, *told in (
         (22.0, "fits in 22 GiB: 20.0 needed, by training\n", "this fits, with 20.0 GiB:\n"),
-        (20.8, "fits in 20.8 GiB: 20.0 needed, by training; tight", "this fits, with 19.0 GiB:\n"),
+        (20.8, "fits in 20.8 GiB: 20.0 needed, by training; tight", "this fits, with 20.0 GiB; tight", "room to spare, with 19.0 GiB"),
         (19.5, "does not fit in 19.5 GiB: 20.0 needed, by training\n", "this fits, with 19.0 GiB; tight"),
         (18.0, "does not fit in 18 GiB: 20.0 needed, by training\n", "nothing found that fits in 18 GiB"),
-    ):
+    ):  # fmt: skip
         assert cl.main(["--plan", "--lora", "--card", "H100", "--vram", str(vram)]) == 0
-        told = capsys.readouterr().out
-        assert first in told and last in told
+        printed = capsys.readouterr().out
+        assert all(words in printed for words in told)
+        assert ("room to spare" in printed) == (len(told) == 3)
+
+
+def test_clips_are_not_made_shorter_than_another_change_needs():
+    """17 frames would not do by themselves, and need not become 9 once clips are smaller."""
+    planned_with = planned_by(
+        training=lambda changed: 30 - 0.1 * (49 - changed.get("frames", 49)) - 10 * ("height" in changed)
+    )
+    changes, found = cl.fitting(planned_with, 17)
+    assert changes["frames"] == 17 and found.peak_gib == pytest.approx(16.8)
+
+
+def test_full_fine_tuning_is_tried_on_one_clip_before_it_is_given_up():
+    for fields in (dict(micro_batch_size=1), dict(fused_backward=False)):
+        config, _ = cl.resolve_plan(cl.Config(method="full", model=LARGE["5b"], batch_size=4, **fields))
+        offered = [changes for _, changes in cl.knobs(config)]
+        one = {"batch_size": 1, "micro_batch_size": None, "fused_backward": True}
+        assert offered.index(one) < offered.index({"method": "qlora"})
+        assert cl.resolve_plan(cl.changed(config, **one))[0].fused_backward
+
+
+def test_adapters_do_not_take_the_rate_of_full_fine_tuning():
+    asked = cl.Config(method="full", lr=1e-5)
+    assert cl.changed(asked, method="qlora").lr is None
+    assert cl.changed(cl.Config(method="lora", lr=1e-3), method="qlora").lr == 1e-3
 
 
 def test_options_are_spelled_as_the_command_line_takes_them():
@@ -722,7 +762,7 @@ def test_the_largest_batch_is_found(most):
 @pytest.mark.parametrize("field, value", [
     ("model", "3b"), ("method", "qlora"), ("rank", ""), ("batch", "0"), ("optimizer", "came"), ("offload", "disk"),
     ("weights_dtype", "int8"), ("grad_checkpointing", ""), ("train_gib", "OOM"), ("train_gib", "nan"), ("frames", "48"),
-    ("height", "481"), ("kind", "rumour"),
+    ("height", "481"), ("kind", "rumour"), ("before_gib", "some"),
 ])  # fmt: skip
 def test_rows_with_values_that_are_not_known_are_left_out_by_name(field, value):
     from bench_plan import left_out
@@ -760,5 +800,8 @@ def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_pa
     monkeypatch.setattr(sys, "argv", ["bench_plan.py", "--rows", str(tmp_path / "rows.csv")])
     bench_plan.main()
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1]) == {"median_error": pytest.approx(0.1), "worst_error": pytest.approx(0.1), "rows": 1}
+    assert json.loads(lines[-1]) == {"median_error": pytest.approx(0.1), "worst_error": pytest.approx(0.1), "rows": 1,
+                                     "median_error_of_two_steps": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
+                                     "worst_error_of_two_steps": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
+                                     "peaks_left_out": 0}  # fmt: skip
     assert len(rows) == 4 and sum("broken" in line for line in lines) == 1
