@@ -3167,7 +3167,8 @@ def rehearse(config, base, blocks, card=True, sampling=True):
     if config.method == "full":
         transformer.requires_grad_(True)
     else:
-        add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
+        with torch.device("meta"):
+            add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
     compute_in_dtype_of_input(transformer, dtype)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

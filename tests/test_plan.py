@@ -106,6 +106,11 @@ def test_adapters_gradients_and_states_have_the_sizes_of_their_closed_forms(rehe
     assert most_bytes(ledger, "optimizer") == pytest.approx(2 * adapters, rel=1e-3)  # AdamW's two moments, and counters
 
 
+def test_adapters_of_any_rank_are_planned_without_the_memory_that_they_would_take():
+    gib = [cl.plan(cl.Config(rank=rank), card=False).phases["training"]["adapters"] for rank in (10**3, 10**9)]
+    assert gib[1] == pytest.approx(10**6 * gib[0], rel=1e-3) and gib[1] > 1e4
+
+
 def test_nf4_has_the_size_of_its_closed_form(rehearsed):
     """4 + 8/64 + 32/(64 * 256) bits for each weight of attention and feed-forward, 16 for each other."""
     blocks = 42 * 12 * 3072**2
