@@ -1201,8 +1201,9 @@ class Updates:
         self.sums = torch.zeros(4, dtype=torch.float64, device=parameters[0].device)
         self.under_way = False  # weights have changed in a step that is not written down yet: no state to keep
         if config.fused_backward:
+            me = weakref.ref(self)  # the weights would keep what keeps them, where Python's collector does not see it
             for i, p in enumerate(parameters):
-                p.register_post_accumulate_grad_hook(lambda _, i=i: self.update(i))
+                p.register_post_accumulate_grad_hook(lambda _, i=i: me().update(i))
 
     def update(self, i):
         """One optimizer step of tensor i, which frees its gradient."""

@@ -1,12 +1,15 @@
 """Full fine-tuning: what bf16 keeps of small steps, the optimizer inside backward, averages, and what is written."""
 
 import dataclasses
+import gc
 import json
 import math
 import time
+import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import FAMILIES, NANO
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
@@ -107,6 +110,18 @@ def test_the_optimizer_inside_backward_does_what_the_ordinary_one_does(quick, op
     for a, b in zip(runs[0].metrics, runs[1].metrics):
         assert a["loss"] == b["loss"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["update_ratio"] == b["update_ratio"] and a["changed_share"] == b["changed_share"]
+
+
+def test_the_weights_of_a_run_are_freed_with_it(quick):
+    """On a card the next run in the same notebook needs their memory."""
+    config, base, _ = cl.resolve(quick(model=str(NANO), method="full", frames=9, height=32, width=32, fused_backward=True,
+                                       compute_dtype="float32"))  # fmt: skip
+    trainer = cl.Trainer(config, base, cl.cache_clips(config), Accelerator(cpu=True))
+    trainer.step(0)
+    weights = [weakref.ref(p) for p in trainer.parameters]
+    del trainer
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 @pytest.mark.parametrize("fused", [True, False])
