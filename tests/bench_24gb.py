@@ -14,6 +14,7 @@ are told apart, and the larger is judged; what is resident of a process without 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,51 +33,69 @@ SIZES = [(f, 480, 720) for f in (49, 41, 33, 25, 17, 9)] + [(9, 240, 360), (9, 1
 SHARD_BYTES = 2 * 2**30
 
 
-def build(folder, name):
-    """A pipeline folder with what training reads: configurations, and the transformer in random bf16 shards."""
+def build(folder, name, parts=("transformer",)):
+    """A pipeline folder with what training reads: configurations, and parts of it ("transformer", "vae", "text_encoder") in random
+    bf16 shards, with the bundled tokenizer."""
     import torch
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-    from safetensors.torch import save_file
-    from tqdm import tqdm
+    from transformers import T5Config, T5EncoderModel
 
     base = cl.describe(NAMES[name])
     with init_empty_weights():
-        transformer = CogVideoXTransformer3DModel.from_config(base.transformer)
-        vae = AutoencoderKLCogVideoX.from_config(base.vae)
-    assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS[name]
-    transformer.save_config(folder / "transformer")
-    vae.save_config(folder / "vae")
+        models = {
+            "transformer": CogVideoXTransformer3DModel.from_config(base.transformer),
+            "vae": AutoencoderKLCogVideoX.from_config(base.vae),
+            "text_encoder": T5EncoderModel(T5Config(**base.text_encoder)),
+        }
+    assert sum(p.numel() for p in models["transformer"].parameters()) == PARAMETERS[name]
+    for part, model in models.items():
+        save = model.config.save_pretrained if part == "text_encoder" else model.save_config
+        save(folder / part)
     CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type="v_prediction",
         rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
         snr_shift_scale=3.0 if name == "2b" else 1.0,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
-    parts = {"transformer": ["diffusers", "CogVideoXTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-             "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline", **parts}))
+    bundled = ROOT / "data_samples/cogvideox-nano"
+    shutil.copytree(bundled / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    shutil.copy(bundled / "model_index.json", folder)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+    for part in parts:
+        save_random(models[part], folder / part, f"{part} of {name}", generator)
 
-    g, shard, size, files, index = torch.Generator().manual_seed(0), {}, 0, 0, {}
+
+def save_random(model, folder, told, generator):
+    """Random weights of a model on the meta device as bf16 shards, in files such as those that are published."""
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    stem = "model" if hasattr(model, "get_input_embeddings") else "diffusion_pytorch_model"
+    shard, size, index = {}, 0, {}
 
     def write():
-        nonlocal shard, size, files
-        files += 1
-        file = f"diffusion_pytorch_model-{files:05d}.safetensors"
-        save_file(shard, str(folder / "transformer" / file), {"format": "pt"})
+        nonlocal shard, size
+        file = f"{stem}-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, str(folder / file), {"format": "pt"})
         index.update(dict.fromkeys(shard, file))
         shard, size = {}, 0
 
-    for key, p in tqdm(list(transformer.state_dict().items()), desc=f"random weights of {name}"):
+    total = 0
+    for key, p in tqdm(list(model.state_dict().items()), desc=f"random weights, {told}"):
+        if key == "encoder.embed_tokens.weight":  # T5's one table under its second name
+            continue
         flat = torch.ones(p.shape) if key.endswith("weight") and p.dim() == 1 else torch.zeros(p.shape)
         if p.dim() > 1:
-            flat = 0.02 * torch.randn(p.shape, generator=g)
-        shard[key] = flat.bfloat16()
-        size += 2 * p.numel()
+            flat = 0.02 * torch.randn(p.shape, generator=generator, device=generator.device)
+        shard[key] = flat.bfloat16().cpu()
+        size, total = size + 2 * p.numel(), total + 2 * p.numel()
         if size > SHARD_BYTES:
             write()
-    write()
-    total = {"metadata": {"total_size": 2 * PARAMETERS[name]}, "weight_map": index}
-    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(total))
+    if shard:
+        write()
+    whole = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(whole))
 
 
 def cache_of_noise(folder, frames, height, width):

@@ -1,99 +1,286 @@
-"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory, beside the plan's, and samples a second.
+"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory and time, beside the plan's predictions.
 
-    python tests/bench_gpu.py                        every row at 49x480x720
-    python tests/bench_gpu.py 5b-qlora --steps 5 --cap-gib 0      some rows; 0 is no cap
+    python tests/bench_gpu.py                              every row, into tests/measured_gpu.csv
+    python tests/bench_gpu.py 5b-qlora 2b-lora,batch_size=4      some rows; what follows the commas are options of a run
+    python tests/bench_gpu.py 5b-lora,batch_size=8,cap=0   without the cap
+    python tests/bench_gpu.py --table                      what is in that file beside the plan's predictions, made anew (no GPU needed)
 
 Random weights and noise of the right shapes, as in bench_24gb.py, whose builder it uses: neither memory nor time depend on
-what the weights are. Each row is a process of its own, so that a row that runs out of memory says so and the next one starts
-clean. Peaks are torch.cuda.max_memory_reserved during training; CUDA's own context, about half a GiB, is outside the cap.
+what the weights are. "5b-caching" codes a clip with the VAE and prompts with T5; the other rows take training steps with
+`cogvideo_lite.Trainer`, then sample one clip in two denoising steps. Memory is what torch's allocator has at its most in a phase,
+in tensors (`allocated`) and altogether (`reserved`); the cap counts CUDA's context as the plan does, so that
+cap - `cogvideo_lite.CONTEXT_GIB` is left to the allocator. Rows run one after another in one process; if it dies, the next goes on
+behind the row that it died of. What the card still holds of the rows before (`held_before_gib`, which should be nothing) is taken
+off the tensors in the table, and what was reserved beside it is not judged.
 """
 
 import argparse
+import ast
+import collections
+import concurrent.futures
+import csv
+import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from bench_24gb import build, cache_of_noise, cl
+from bench_24gb import NAMES, build, cache_of_noise, cl
 
-ROWS = ["2b-lora", "2b-qlora", "2b-full", "5b-lora", "5b-qlora", "5b-full"]
+RESULTS = Path(__file__).with_name("measured_gpu.csv")
+ROWS = [
+    "2b-lora", "2b-qlora", "2b-full", "5b-lora", "5b-qlora", "5b-full", "5b-caching", "5b-caching,quantize_text_encoder=4bit",
+    "5b-caching,quantize_text_encoder=8bit", "5b-qlora,offload_activations=True", "5b-qlora,optimizer=adamw8bit",
+    "2b-full,optimizer=adamw8bit", "2b-lora,batch_size=4", "2b-lora,compile=True", "5b-qlora,compile=True",
+    "2b-lora,gradient_checkpointing=False,cap=0", "5b-lora,batch_size=8,cap=0", "5b-full,batch_size=8,cap=0",
+]  # fmt: skip
 SIZE = (49, 480, 720)
+SAME_CHIP = {"H200": "H100"}  # with more and faster memory: the same published rates
+COLUMNS = ["card", "torch", "row", "phase", "cap_gib", "held_before_gib", "allocated_gib", "reserved_gib", "context_gib", "seconds", "first_s", "tflops"]  # fmt: skip
 
 
-def row(name, method, folder, cap_gib, steps, batch_size):
+def parsed(row):
+    """(model, method or "caching", options of Config, GiB of the cap or None) of a row's name."""
+    first, *options = row.split(",")
+    model, method = first.split("-")
+    values = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+    return model, method, values, values.pop("cap", None)
+
+
+def config_of(row, model):
+    _, method, options, _ = parsed(row)
+    size = dict(zip(("frames", "height", "width"), SIZE))
+    method = "lora" if method == "caching" else method
+    return cl.Config(
+        **{"method": method, "model": model, "warmup": 1, "batch_size": 1, "sampling_steps": 2, **size, **options}
+    )
+
+
+class Phase:
+    """What the allocator had at its most, from here on."""
+
+    def __init__(self):
+        import torch
+
+        cl.free_memory()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self):
+        import torch
+
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "allocated_gib": torch.cuda.max_memory_allocated() / cl.GIB,
+            "reserved_gib": torch.cuda.max_memory_reserved() / cl.GIB,
+            "context_gib": (total - free - torch.cuda.memory_reserved()) / cl.GIB,  # and what else is on the card
+        }
+
+
+def caching(row, folder):
+    """Code a clip and prompts; yields what was measured."""
     import torch
+
+    data = folder / "clip"
+    data.mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        if not (data / f"{name}.mp4").exists():
+            cl.write_video(data / f"{name}.mp4", torch.rand(SIZE[0], 3, SIZE[1] // 8, SIZE[2] // 8), 8)
+            (data / f"{name}.txt").write_text(f"noise {name}")
+    with tempfile.TemporaryDirectory() as cache:
+        config = config_of(row, str(folder))
+        config.data, config.cache, config.validation_prompts = str(data), cache, ["a spider"]
+        phase, start = Phase(), time.perf_counter()
+        cl.cache_clips(config)
+        yield {"phase": "caching", **phase.peak(), "seconds": time.perf_counter() - start}
+
+
+def training(row, folder, steps):
+    """Training steps, then a sample; yields what was measured in each phase."""
     from accelerate import Accelerator
 
-    total = torch.cuda.get_device_properties(0).total_memory
-    if cap_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total))
-    cl.quiet_libraries()
-    config, base, _ = cl.resolve(cl.Config(method=method, model=str(folder), warmup=1, batch_size=batch_size))
+    phase = Phase()
+    config, base, _ = cl.resolve(config_of(row, str(folder)))
     accelerator = Accelerator(mixed_precision="no")
-    dtype, why = cl.choose_compute_dtype(accelerator.device, base)
-    print(f"{name} {method}: {dtype}, {why}", file=sys.stderr)
-    config.frames, config.height, config.width, config.compute_dtype = *SIZE, str(dtype).removeprefix("torch.")
-    found = {"model": name, "method": method, "size": "x".join(map(str, SIZE)), "batch": batch_size, "cap_gib": cap_gib,
-             "card": torch.cuda.get_device_name(), "optimizer": config.optimizer, "arithmetic": config.compute_dtype}  # fmt: skip
-    planned = cl.Config(
-        method=method, model=f"THUDM/CogVideoX-{name}", batch_size=batch_size, compute_dtype=config.compute_dtype
+    dtype, _ = cl.choose_compute_dtype(accelerator.device, base)
+    config.compute_dtype = str(dtype).removeprefix("torch.")
+    start = time.perf_counter()
+    cache = cache_of_noise(folder / "cache", *SIZE)
+    cache.prompts = {"a spider": cache.empty}
+    trainer = cl.Trainer(config, base, cache, accelerator)
+    yield {"phase": "loading", **phase.peak(), "seconds": time.perf_counter() - start}
+    phase = Phase()
+    metrics = [trainer.step(step) for step in range(steps)]
+    seconds = statistics.median(m["step_s"] for m in metrics[1:] or metrics)  # the first sets kernels up
+    yield {"phase": "training", **phase.peak(), "seconds": seconds, "first_s": metrics[0]["step_s"]}
+    phase, start = Phase(), time.perf_counter()
+    trainer.generated()
+    yield {"phase": "sampling", **phase.peak(), "seconds": time.perf_counter() - start}
+
+
+def measure(rows, folder, cap_gib, steps):
+    """Run rows and print what was measured, a line of JSON each."""
+    import torch
+
+    cl.quiet_libraries()
+    card = torch.cuda.get_device_properties(0)
+    device = torch.device("cuda")
+    shared = {"card": card.name, "torch": torch.__version__}
+    for row in rows:
+        model, method, _, cap = parsed(row)
+        cap = cap_gib if cap is None else cap
+        allowed = cap - cl.CONTEXT_GIB if cap else card.total_memory / cl.GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed * cl.GIB / card.total_memory))
+        about = {**shared, "row": row, "cap_gib": cap, "held_before_gib": torch.cuda.memory_allocated() / cl.GIB}
+        try:
+            if method == "rates":
+                rates = cl.matrix_rate(device, torch.bfloat16, 1), cl.attention_rate(device, torch.bfloat16, 1)
+                found = [
+                    {"phase": phase, "tflops": rate / 1e12} for phase, rate in zip(("matrices", "attention"), rates)
+                ]
+            else:
+                found = caching(row, folder / model) if method == "caching" else training(row, folder / model, steps)
+            for phase in found:
+                print(json.dumps({**about, **phase}), flush=True)
+        except torch.OutOfMemoryError as error:
+            print(json.dumps({**about, "phase": "out of memory", "why": str(error).splitlines()[0]}), flush=True)
+        found = None
+        cl.free_memory()
+        torch._C._cuda_clearCublasWorkspaces()
+        print(f"{row}: {torch.cuda.memory_allocated() / cl.GIB:.3f} GiB left behind", file=sys.stderr, flush=True)
+
+
+def prediction(row):
+    """(row, plan of it) for the table."""
+    planned = cl.plan(dataclasses.replace(config_of(row, NAMES[parsed(row)[0]]), compute_dtype="bfloat16"))
+    return row, planned
+
+
+def percent(measured, predicted):
+    return f"{100 * (predicted / measured - 1):+.1f} %"
+
+
+def table(path):
+    """Print what was measured beside what is predicted now."""
+    found = list(csv.DictReader(path.open()))
+    cards = {**cl.CARDS, **{name: cl.CARDS[other] for name, other in SAME_CHIP.items()}}
+    rates = {(f["card"], f["phase"]): float(f["tflops"]) for f in found if f["tflops"]}
+    rows = {f["row"]: None for f in found if not f["tflops"]}
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        plans = dict(pool.map(prediction, rows))
+    print(
+        "| card | model, method | cap | phase | tensors, GiB | predicted | error | reserved, GiB | predicted | error |"
     )
-    found["predicted_gib"] = cl.plan(planned).needs_gib["training"] - cl.CONTEXT_GIB
-    try:
-        trainer = cl.Trainer(config, base, cache_of_noise(folder / "cache", *SIZE), accelerator)
-        found["loaded_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        metrics = [trainer.step(step) for step in range(steps)]
-    except torch.OutOfMemoryError:
-        return {**found, "peak_gib": None, "allocated_gib": None, "samples_per_s": None}
-    seconds = sorted(m["step_s"] for m in metrics[1:] or metrics)  # the first step sets kernels up
-    return {
-        **found, "peak_gib": torch.cuda.max_memory_reserved() / 2**30, "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "samples_per_s": batch_size / seconds[len(seconds) // 2], "loss": metrics[-1]["loss"],
-    }  # fmt: skip
+    print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    errors = collections.defaultdict(list)
+    for f in found:
+        cap = f"{float(f['cap_gib']):g}" if float(f["cap_gib"] or 0) else "none"
+        first = f"| {f['card']} | {f['row'].partition(',cap')[0]} | {cap} | {f['phase']} "
+        if f["phase"] == "out of memory":
+            print(f"{first}| | {plans[f['row']].peak_gib:.2f} | | | | |")
+        elif f["row"] in plans and f["phase"] in plans[f["row"]].phases:
+            parts, held = plans[f["row"]].phases[f["phase"]], float(f["held_before_gib"])
+            tensors = sum(parts[kind] for kind in cl.KINDS)
+            figures = []
+            for kind, measured, predicted in (
+                ("tensors", float(f["allocated_gib"]) - held, tensors),
+                ("reserved", float(f["reserved_gib"]), tensors + parts["allocator"]),
+            ):
+                if kind == "reserved" and held > 0.01:
+                    figures.append(f" | {predicted:.2f} | ")
+                    continue
+                errors[kind, f["phase"]].append(predicted / measured - 1)
+                figures.append(f"{measured:.2f} | {predicted:.2f} | {percent(measured, predicted)}")
+            print(f"{first}| {' | '.join(figures)} |")
+    for (kind, phase), all_of_them in sorted(errors.items()):
+        sizes = [abs(error) for error in all_of_them]
+        worst = max(all_of_them, key=abs)
+        print(
+            f"\n{kind}, {phase}: median error {100 * statistics.median(sizes):.1f} %, worst {100 * worst:+.1f} %, n {len(sizes)}"
+        )
+    print(
+        "\n| card | model, method | FLOP a step, predicted | s a step | TFLOP/s | of the published rate | least predicted from rates measured, s | first step, s |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for f in found:
+        if f["phase"] != "training":
+            continue
+        planned, seconds = plans[f["row"]], float(f["seconds"])
+        rate = planned.flops / seconds / 1e12
+        published = next((tflops[0] for card, tflops in cards.items() if card in f["card"]), None)
+        share = f"{rate / published:.2f}" if published else ""
+        matrices, attention = (rates.get((f["card"], kind)) for kind in ("matrices", "attention"))
+        least = ""
+        if matrices:
+            least = f"{(planned.flops - planned.attention_flops) / matrices / 1e12 + planned.attention_flops / attention / 1e12:.2f}"
+        print(f"| {f['card']} | {f['row'].partition(',cap')[0]} | {planned.flops:.3g} | {seconds:.2f} | {rate:.0f} | {share} "
+              f"| {least} | {float(f['first_s']):.1f} |")  # fmt: skip
+    for (card, kind), rate in rates.items():
+        print(f"\n{card}, {kind}: {rate:.0f} TFLOP/s measured")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", default=ROWS, help=f"any of {', '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", default=["any-rates", *ROWS])
     parser.add_argument("--cap-gib", type=float, default=24)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "cogvideo_lite_24gb"))
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row, in its own process
-    args = parser.parse_args()
-    if args.one:
-        name, method = args.rows[0].split("-")
-        print(json.dumps(row(name, method, Path(args.folder) / name, args.cap_gib, args.steps, args.batch_size)))
-        return
-    found = []
-    for what in args.rows:
-        folder = Path(args.folder) / what.split("-")[0]
-        if not (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").exists():
-            (folder / "transformer").mkdir(parents=True, exist_ok=True)
-            build(folder, folder.name)
-        command = [sys.executable, __file__, what, "--one"]
-        for name in ("cap_gib", "steps", "batch_size", "folder"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode:
-            print(f"{what}: failed with status {done.returncode}", flush=True)
-            continue
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(found[-1]), flush=True)
-    cap = f"capped at {args.cap_gib:g} GiB" if args.cap_gib else "no cap"
-    print(f"\n{found[0]['card'] if found else 'no row'}, {cap}, {'x'.join(map(str, SIZE))}, random weights:\n")
-    print(
-        "| model, method | arithmetic | batch | peak GiB | samples/s | peak predicted |\n| --- | --- | ---: | ---: | ---: | ---: |"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"[{RESULTS.name} beside this file]")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; print what is in RESULTS beside the plan's predictions"
     )
-    for r in found:
-        figures = "out of memory | " if r["peak_gib"] is None else f"{r['peak_gib']:.1f} | {r['samples_per_s']:.3f}"
-        print(
-            f"| {r['model']} {r['method']} ({r['optimizer']}) | {r['arithmetic']} | {r['batch']} | {figures} | {r['predicted_gib']:.1f} |"
-        )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the process that measures
+    args = parser.parse_args()
+    folder, remaining = Path(args.folder), list(args.rows)
+    if args.table:
+        return table(args.results)
+    if args.one:
+        return measure(remaining, folder, args.cap_gib, args.steps)
+    for name in {parsed(row)[0] for row in remaining} & set(NAMES):
+        parts = ["transformer", "vae"] + ["text_encoder"] * any(row.startswith(f"{name}-caching") for row in remaining)
+        if not (folder / name / "built").exists():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            build(folder / name, name, parts)
+            (folder / name / "built").touch()
+    found = []
+    while remaining:
+        command = [
+            sys.executable,
+            __file__,
+            *remaining,
+            "--one",
+            "--cap-gib",
+            str(args.cap_gib),
+            "--steps",
+            str(args.steps),
+        ]
+        command += ["--folder", args.folder]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ) as measuring:
+            for line in measuring.stdout:
+                print(line, end="", flush=True)
+                found.append(json.loads(line))
+                with args.results.open("w") as file:
+                    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(found)
+        if not measuring.returncode:
+            break
+        begun = [row for row in remaining if any(f["row"] == row for f in found)]
+        died = begun[-1] if begun else remaining[0]
+        print(f"{died}: ended with status {measuring.returncode}", file=sys.stderr, flush=True)
+        remaining = remaining[remaining.index(died) + 1 :]
 
 
 if __name__ == "__main__":

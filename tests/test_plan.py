@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 
+import bench_gpu
 import pytest
 import torch
 from bench_24gb import flops as flops_on_paper
@@ -810,3 +811,15 @@ def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_pa
                                      "worst_error_of_two_steps": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
                                      "peaks_left_out": 0}  # fmt: skip
     assert len(rows) == 4 and sum("broken" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("row", ["2b-lora", "5b-qlora"])
+def test_memory_of_training_is_as_was_measured_on_a_card(row):
+    found = [
+        f for f in csv.DictReader(open(ROOT / "tests/measured_gpu.csv")) if (f["row"], f["phase"]) == (row, "training")
+    ]
+    _, planned = bench_gpu.prediction(row)
+    parts = planned.phases["training"]
+    tensors = sum(parts[kind] for kind in cl.KINDS)
+    assert len(found) == 1 and tensors == pytest.approx(float(found[0]["allocated_gib"]), rel=0.03)
+    assert tensors + parts["allocator"] == pytest.approx(float(found[0]["reserved_gib"]), rel=0.05)
