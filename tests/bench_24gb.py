@@ -62,22 +62,23 @@ def build(folder, name, parts=("transformer",)):
     shutil.copy(bundled / "model_index.json", folder)
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     for part in parts:
-        save_random(models[part], folder / part, f"{part} of {name}", generator)
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"  # transformers' and diffusers' names
+        save_random(models[part], folder / part / stem, f"{part} of {name}", generator)
 
 
-def save_random(model, folder, told, generator):
-    """Random weights of a model on the meta device as bf16 shards, in files such as those that are published."""
+def save_random(model, stem, told, generator):
+    """Random weights of a model on the meta device as bf16 shards, STEM-00001.safetensors and so on with their index: never all in
+    memory, as hub libraries that write shards would have them."""
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    stem = "model" if hasattr(model, "get_input_embeddings") else "diffusion_pytorch_model"
     shard, size, index = {}, 0, {}
 
     def write():
         nonlocal shard, size
-        file = f"{stem}-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(shard, str(folder / file), {"format": "pt"})
+        file = f"{stem.name}-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, str(stem.with_name(file)), {"format": "pt"})
         index.update(dict.fromkeys(shard, file))
         shard, size = {}, 0
 
@@ -95,7 +96,7 @@ def save_random(model, folder, told, generator):
     if shard:
         write()
     whole = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(whole))
+    stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(whole))
 
 
 def cache_of_noise(folder, frames, height, width):

@@ -1,7 +1,7 @@
 """The real models on a real card, its memory capped at that of a 24 GB one: peak memory and time, beside the plan's predictions.
 
     python tests/bench_gpu.py                              every row, into tests/measured_gpu.csv
-    python tests/bench_gpu.py 5b-qlora 2b-lora,batch_size=4      some rows; what follows the commas are options of a run
+    python tests/bench_gpu.py 5b-qlora 2b-lora,batch_size=4      some rows anew; what follows the commas are options of a run
     python tests/bench_gpu.py 5b-lora,batch_size=8,cap=0   without the cap
     python tests/bench_gpu.py --table                      what is in that file beside the plan's predictions, made anew (no GPU needed)
 
@@ -141,6 +141,7 @@ def measure(rows, folder, cap_gib, steps):
         cap = cap_gib if cap is None else cap
         allowed = cap - cl.CONTEXT_GIB if cap else card.total_memory / cl.GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed * cl.GIB / card.total_memory))
+        print(json.dumps({"row": row, "phase": "begun"}), flush=True)
         about = {**shared, "row": row, "cap_gib": cap, "held_before_gib": torch.cuda.memory_allocated() / cl.GIB}
         try:
             if method == "rates":
@@ -252,33 +253,28 @@ def main():
             (folder / name).mkdir(parents=True, exist_ok=True)
             build(folder / name, name, parts)
             (folder / name / "built").touch()
-    found = []
+    before = list(csv.DictReader(args.results.open())) if args.results.exists() else []
+    found, begun = [], None
     while remaining:
-        command = [
-            sys.executable,
-            __file__,
-            *remaining,
-            "--one",
-            "--cap-gib",
-            str(args.cap_gib),
-            "--steps",
-            str(args.steps),
-        ]
-        command += ["--folder", args.folder]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        ) as measuring:
+        command = [sys.executable, __file__, *remaining, "--one", "--folder", args.folder,
+                   "--cap-gib", str(args.cap_gib), "--steps", str(args.steps)]  # fmt: skip
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as measuring:
             for line in measuring.stdout:
+                one = json.loads(line)
+                if one["phase"] == "begun":
+                    begun = one["row"]
+                    continue
                 print(line, end="", flush=True)
-                found.append(json.loads(line))
-                with args.results.open("w") as file:
+                found.append(one)
+                anew = {f["row"] for f in found}
+                with args.results.open("w") as file:  # rows that are not measured now stay
                     writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
                     writer.writeheader()
-                    writer.writerows(found)
+                    writer.writerows([f for f in before if f["row"] not in anew] + found)
         if not measuring.returncode:
             break
-        begun = [row for row in remaining if any(f["row"] == row for f in found)]
-        died = begun[-1] if begun else remaining[0]
+        died = begun if begun in remaining else remaining[0]  # or before it began any
         print(f"{died}: ended with status {measuring.returncode}", file=sys.stderr, flush=True)
         remaining = remaining[remaining.index(died) + 1 :]
 
