@@ -2667,17 +2667,19 @@ T5_XXL = dict(
     vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
 )
 
-# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets; GiB that torch finds, from users'
-# out-of-memory messages, whose last digit varies with the driver.
+# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets (RTX 3060: its cores and clock); GiB
+# that torch finds, from users' out-of-memory messages, whose last digit varies with the driver.
 CARDS = {
-    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3090": (71, 36, 23.6), "RTX 4090": (165, 83, 23.6),
-    "RTX 5090": (209, 105, 31.3), "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
-    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1),
+    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3060": (25, 12.7, 11.7), "RTX 3090": (71, 36, 23.6),
+    "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3), "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
+    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1), "H200": (989, 67, 139.7),
 }  # fmt: skip
 WITHOUT_BF16 = ("T4",)
 USUAL_CARD = "RTX 4090"  # what a plan is held against where nothing is said and no card is there
 TIGHT = 0.06  # of a card's memory: predictions of others' peaks were up to so much below them (tests/bench_plan.py)
-UTILISATION = 0.4  # share of that rate that a run gets: assumed. PaLM's training reports 0.46 (arXiv 2204.02311)
+UTILISATION = (
+    0.35  # share of that rate that a run gets: 0.28 to 0.37 on an H200 (tests/measured_gpu.csv), of others assumed
+)
 
 
 @dataclass(frozen=True)
@@ -3082,6 +3084,43 @@ def once_for_a_size(rehearsal):
     return remembered
 
 
+@contextlib.contextmanager
+def once_for_a_shape(part, ledger):
+    """Let a part of the VAE, which is run on tile after tile and stretch after stretch, be run once for tensors of the same shapes; after
+    that what it took and gave back is written down again, which takes no time. What comes out of it must share no memory."""
+    import torch
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    forward, made = part.forward, {}
+
+    def repeated(*args, **kwargs):
+        leaves, structure = tree_flatten((args, kwargs))
+        key = structure, *(leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves)
+        if key not in made:
+            start = len(ledger.events)
+            outputs, structure = tree_flatten(forward(*args, **kwargs))
+            stays = {ledger.note(tensor): (k, tensor.shape, tensor.dtype) for k, tensor in enumerate(outputs)}
+            made[key] = ledger.events[start:], stays, structure
+            return tree_unflatten(outputs, structure)
+        events, stays, structure = made[key]
+        copies, outputs = {}, [None] * len(stays)
+        for memory, taken, block in events:
+            if memory in stays:  # the ledger notes a tensor by itself
+                k, shape, dtype = stays[memory]
+                outputs[k] = torch.empty(shape, dtype=dtype)
+            else:
+                if taken:
+                    copies[memory] = dataclasses.replace(memory)
+                ledger.events.append((copies[memory], taken, block))
+        return tree_unflatten(outputs, structure)
+
+    part.forward = repeated
+    try:
+        yield
+    finally:
+        del part.forward  # which would keep it alive
+
+
 @once_for_a_size
 def rehearse_caching(config, base, card):
     """Ledger of the phase "caching": the VAE codes a clip, T5 a prompt, as `cache_clips` does one after another."""
@@ -3106,9 +3145,10 @@ def rehearse_caching(config, base, card):
         ledger.begin("caching")
         take_memory(ledger, vae)
         clip = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
-        if base.large:  # one tile is coded here: beside its memory that for the codes of the others is nothing
-            clip = clip[..., : vae.config.sample_height, : vae.config.sample_width]
-        vae.encode(clip)
+        if base.large:
+            tile_beyond_own_size(vae)
+        with once_for_a_shape(vae.encoder, ledger):
+            vae.encode(clip)
         del vae, clip
         take_memory(ledger, text_encoder)
         text_encoder(torch.zeros(1, base.text_length, dtype=torch.long))
@@ -3246,34 +3286,6 @@ def rehearse(config, base, blocks, card=True, sampling=True):
     return ledger
 
 
-def decode_a_tile(pipe, latents, config):
-    """Take the memory that decoding latents (batch, F, C, H, W) in tiles takes at its most, by decoding one: the last that is whole,
-    beside those before it; and of its frames the first nine and the next eight, which see what each convolution keeps of the nine.
-    Then the clip, (1, 3, F, H, W), is put together, twice."""
-    import torch
-
-    vae, size, spatial = pipe.vae, latents.shape[3:], config.height // latents.shape[3]
-    vae.enable_tiling()
-    whole = vae.tile_latent_min_height, vae.tile_latent_min_width
-    overlap = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
-    rows, columns = (
-        [min(tile, cells - first) for first in range(0, cells, int(tile * (1 - share)))]
-        for cells, tile, share in zip(size, whole, overlap)
-    )
-    row, column = (max(k for k, n in enumerate(sizes) if n == max(sizes)) for sizes in (rows, columns))
-
-    def room(cells):
-        return torch.empty(3, config.frames, cells * spatial**2, dtype=latents.dtype)
-
-    before = room(sum(rows[:row]) * sum(columns) + rows[row] * sum(columns[:column]))
-    pipe.decode_latents(latents[:, :5, :, : whole[0], : whole[1]])
-    del before
-    tiles, joined = room(sum(rows) * sum(columns)), room(size[0] * size[1])
-    frames = torch.empty(1, 3, config.frames, config.height, config.width, dtype=latents.dtype)
-    del tiles, joined
-    return frames
-
-
 @once_for_a_size
 def rehearse_decoding(config, base, card):
     """Ledger of what sampling does with the VAE: "loading" it, and decoding, which stands under "sampling"."""
@@ -3291,7 +3303,10 @@ def rehearse_decoding(config, base, card):
         size = config.height // base.spatial, config.width // base.spatial
         shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
         latents, pipe = torch.empty(shape, dtype=dtype), CogVideoXPipeline(None, None, vae, None, None)
-        frames = decode_a_tile(pipe, latents, config) if base.large else pipe.decode_latents(latents)
+        if base.large:
+            vae.enable_tiling()
+        with once_for_a_shape(vae.decoder, ledger):
+            frames = pipe.decode_latents(latents)
         pipe.video_processor.postprocess_video(frames, output_type="pt").float()
     return ledger
 

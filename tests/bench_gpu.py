@@ -39,7 +39,6 @@ ROWS = [
     "2b-lora,gradient_checkpointing=False,cap=0", "5b-lora,batch_size=8,cap=0", "5b-full,batch_size=8,cap=0",
 ]  # fmt: skip
 SIZE = (49, 480, 720)
-SAME_CHIP = {"H200": "H100"}  # with more and faster memory: the same published rates
 COLUMNS = ["card", "torch", "row", "phase", "cap_gib", "held_before_gib", "allocated_gib", "reserved_gib", "context_gib", "seconds", "first_s", "tflops"]  # fmt: skip
 
 
@@ -174,7 +173,6 @@ def percent(measured, predicted):
 def table(path):
     """Print what was measured beside what is predicted now."""
     found = list(csv.DictReader(path.open()))
-    cards = {**cl.CARDS, **{name: cl.CARDS[other] for name, other in SAME_CHIP.items()}}
     rates = {(f["card"], f["phase"]): float(f["tflops"]) for f in found if f["tflops"]}
     rows = {f["row"]: None for f in found if not f["tflops"]}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -218,7 +216,7 @@ def table(path):
             continue
         planned, seconds = plans[f["row"]], float(f["seconds"])
         rate = planned.flops / seconds / 1e12
-        published = next((tflops[0] for card, tflops in cards.items() if card in f["card"]), None)
+        published = next((tflops[0] for card, tflops in cl.CARDS.items() if card in f["card"]), None)
         share = f"{rate / published:.2f}" if published else ""
         matrices, attention = (rates.get((f["card"], kind)) for kind in ("matrices", "attention"))
         least = ""

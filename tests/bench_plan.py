@@ -332,9 +332,10 @@ class Capacity:
 
 
 def cell_of(need, vram):
-    """What fits, as a cell of the table, or None."""
+    """What fits, as a cell of the table, or None. A mark where the plan would call it tight."""
     batch = largest(need, vram)
-    return f"{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}" if batch else None
+    tight = "~" if batch and need(batch) > (1 - cl.TIGHT) * vram else ""
+    return f"{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}{tight}" if batch else None
 
 
 def row_of_capacity(model, options, native):
@@ -353,7 +354,7 @@ def capacity(models):
     from tqdm import tqdm
 
     print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. What batches above 1 need is "
-          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip.\n")  # fmt: skip
+          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip. ~: tight, less than 6 % to spare.\n")  # fmt: skip
     print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
     print("| --- |" + " --- |" * len(CAPACITY), flush=True)
     trade, claim = [], []
