@@ -2671,15 +2671,14 @@ T5_XXL = dict(
 # that torch finds, from users' out-of-memory messages, whose last digit varies with the driver.
 CARDS = {
     "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3060": (25, 12.7, 11.7), "RTX 3090": (71, 36, 23.6),
-    "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3), "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
-    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1), "H200": (989, 67, 139.7),
+    "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3), "RTX A6000": (155, 39, 47.4),
+    "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5), "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1),
+    "H200": (989, 67, 139.8),
 }  # fmt: skip
 WITHOUT_BF16 = ("T4",)
 USUAL_CARD = "RTX 4090"  # what a plan is held against where nothing is said and no card is there
 TIGHT = 0.06  # of a card's memory: predictions of others' peaks were up to so much below them (tests/bench_plan.py)
-UTILISATION = (
-    0.35  # share of that rate that a run gets: 0.28 to 0.37 on an H200 (tests/measured_gpu.csv), of others assumed
-)
+UTILISATION = 0.35  # share of that rate that a run gets: an H200 gave 0.28 to 0.37 (tests/measured_gpu.csv)
 
 
 @dataclass(frozen=True)
@@ -3087,7 +3086,7 @@ def once_for_a_size(rehearsal):
 @contextlib.contextmanager
 def once_for_a_shape(part, ledger):
     """Let a part of the VAE, which is run on tile after tile and stretch after stretch, be run once for tensors of the same shapes; after
-    that what it took and gave back is written down again, which takes no time. What comes out of it must share no memory."""
+    that what it took and gave back is written down again, but not what it computed. What comes out of it must share no memory."""
     import torch
     from torch.utils._pytree import tree_flatten, tree_unflatten
 

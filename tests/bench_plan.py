@@ -42,8 +42,8 @@ sys.path.insert(0, str(ROOT))
 import cogvideo_lite as cl  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
-# A card's GB -> GiB that torch finds on one, from users' out-of-memory messages: RTX 3060, RTX 4080, RTX 4090, RTX A6000, H100.
-CAPACITY = {12: 11.7, 16: 15.7, 24: 23.6, 48: 47.4, 80: 79.1}
+USUAL = {12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 48: "RTX A6000", 80: "H100"}  # GB -> a card of so many
+CAPACITY = {gb: cl.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
 LADDER = {  # frames x height x width, from the native size of the model down
     "2b": [(49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480), (17, 256, 256)],
     "1.5": [(81, 768, 1360), (49, 768, 1360), (49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480)],
@@ -354,7 +354,8 @@ def capacity(models):
     from tqdm import tqdm
 
     print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. What batches above 1 need is "
-          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip. ~: tight, less than 6 % to spare.\n")  # fmt: skip
+          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip. "
+          f"~: tight, with less than {100 * cl.TIGHT:.0f} % to spare.\n")  # fmt: skip
     print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
     print("| --- |" + " --- |" * len(CAPACITY), flush=True)
     trade, claim = [], []
