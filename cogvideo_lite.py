@@ -687,14 +687,14 @@ def load_transformer(config, base, dtype, device):
     return base.load("transformer", kept).to(device)
 
 
-def compute_in_dtype_of_input(model, dtype):
-    """Let every layer whose weights are not in `dtype` convert them when it needs them, forward and backward, and forget the
-    converted copy: the memory of one layer, not of the model. Gradients arrive in the dtype in which the weight is kept."""
+@functools.cache
+def converting_layers():
+    """{layer of torch: the same layer, converting its weights when it needs them}. Classes, and no function an instance: to
+    torch.compile each of those would be another model, so that it compiled anew for every block, and gave up after eight."""
     import torch
     import torch.nn.functional as F
-    from peft.tuners.lora import LoraLayer
 
-    class Linear(torch.autograd.Function):
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias):
             ctx.save_for_backward(x if weight.requires_grad else None, weight)
@@ -712,18 +712,32 @@ def compute_in_dtype_of_input(model, dtype):
     def converted(p, x):
         return None if p is None else p.to(x.dtype)
 
-    forwards = {
-        torch.nn.Linear: lambda m, x: Linear.apply(x, m.weight, m.bias),
-        torch.nn.LayerNorm: lambda m, x: F.layer_norm(
-            x, m.normalized_shape, converted(m.weight, x), converted(m.bias, x), m.eps
-        ),
-        torch.nn.Conv2d: lambda m, x: m._conv_forward(x, converted(m.weight, x), converted(m.bias, x)),
-    }
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return Function.apply(x, self.weight, self.bias)
+
+    class LayerNorm(torch.nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x, self.normalized_shape, converted(self.weight, x), converted(self.bias, x), self.eps)
+
+    class Conv2d(torch.nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, converted(self.weight, x), converted(self.bias, x))
+
+    return {torch.nn.Linear: Linear, torch.nn.LayerNorm: LayerNorm, torch.nn.Conv2d: Conv2d}
+
+
+def compute_in_dtype_of_input(model, dtype):
+    """Let every layer whose weights are not in `dtype` convert them when it needs them, forward and backward, and forget the
+    converted copy: the memory of one layer, not of the model. Gradients arrive in the dtype in which the weight is kept."""
+    from peft.tuners.lora import LoraLayer
+
+    converting = converting_layers()
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # peft would keep a float32 copy of every input instead
-        if type(module) in forwards and any(p.dtype != dtype for p in module.parameters(recurse=False)):
-            module.forward = functools.partial(forwards[type(module)], module)
+        if type(module) in converting and any(p.dtype != dtype for p in module.parameters(recurse=False)):
+            module.__class__ = converting[type(module)]
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

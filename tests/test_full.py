@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from conftest import FAMILIES, NANO
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 import cogvideo_lite as cl
 
@@ -409,6 +410,29 @@ def test_weights_compute_in_the_dtype_of_their_input_and_get_gradients_in_their_
     (got, grads), (truth, true_grads) = gradients(stored, True), gradients(computed, False)
     torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-5)
     assert (grads - true_grads).norm() < 0.02 * true_grads.norm()
+
+
+@pytest.mark.parametrize("method, stored, computed", [
+    ("lora", torch.float32, torch.bfloat16), ("qlora", torch.bfloat16, torch.bfloat16), ("full", torch.bfloat16, torch.float32),
+])  # fmt: skip
+def test_torch_compiles_one_block_for_all_where_weights_are_converted(method, stored, computed):
+    """A step on a card: adapters in float32, or all weights in bf16. torch.compile gives up after eight graphs of one function."""
+    base = cl.find_base(str(NANO))
+    model = cl.load_transformer(cl.Config(method=method), base, stored, "cpu")
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        cl.add_lora(model, 4, 4.0, 0)
+    cl.compute_in_dtype_of_input(model, computed)
+    rotary = cl.rotary_embedding(base, model, 9, 32, 32, "cpu")
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    for block in model.transformer_blocks:
+        block.compile(backend=graphs)
+    model.enable_gradient_checkpointing()
+    noisy, text = torch.randn(1, 3, 16, 4, 4, dtype=computed), torch.randn(1, base.text_length, 64, dtype=computed)
+    model(noisy, text, torch.tensor([10]), image_rotary_emb=rotary).sample.float().square().mean().backward()
+    assert 1 <= graphs.frame_count <= 3 < len(model.transformer_blocks)  # the first block's input may need no gradient
 
 
 def test_converted_weights_are_not_kept_for_backward(tiny):
