@@ -42,6 +42,7 @@ import statistics
 import sys
 import time
 import tomllib
+import traceback
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -3358,7 +3359,8 @@ def plan(config, card=True):
         ledger = rehearse(resolved, base, min(blocks, FEW_BLOCKS), card=card).of_blocks(blocks)
         phases = {"caching": rehearse_caching(resolved, base, card).split("caching")}
     except Exception as error:  # values that diffusers, transformers or torch cannot build or run raise a dozen kinds
-        if not base.folder.is_dir():  # a published model: no fault of a folder's
+        here = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+        if here or not base.folder.is_dir():  # a fault of this program's; a published model, so none of a folder's
             raise
         reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
         size = f"{resolved.frames}x{resolved.height}x{resolved.width}"

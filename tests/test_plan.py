@@ -662,6 +662,12 @@ def test_a_configuration_that_cannot_be_built_or_run_is_refused_in_one_line(file
     assert str(tmp_path) in error and "config.json" in error and len(error.splitlines()) == 1
 
 
+def test_a_fault_of_the_program_itself_is_not_blamed_on_a_folder(monkeypatch):
+    monkeypatch.setattr(cl, "FEW_BLOCKS", "few")
+    with pytest.raises(TypeError):
+        cl.plan(cl.Config(model=str(NANO)))
+
+
 KNOBS = {  # configuration -> a knob that it is offered, and its options
     "checkpointing": (dict(gradient_checkpointing=False), dict(gradient_checkpointing=True)),
     "fewer clips in memory": (dict(batch_size=4), dict(micro_batch_size=1)),
