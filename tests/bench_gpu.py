@@ -36,7 +36,10 @@ ROWS = [
     "2b-lora", "2b-qlora", "2b-full", "5b-lora", "5b-qlora", "5b-full", "5b-caching", "5b-caching,quantize_text_encoder=4bit",
     "5b-caching,quantize_text_encoder=8bit", "5b-qlora,offload_activations=True", "5b-qlora,optimizer=adamw8bit",
     "2b-full,optimizer=adamw8bit", "2b-lora,batch_size=4", "2b-lora,compile=True", "5b-qlora,compile=True",
-    "2b-lora,gradient_checkpointing=False,cap=0", "5b-lora,batch_size=8,cap=0", "5b-full,batch_size=8,cap=0",
+    "2b-lora,gradient_checkpointing=False,cap=0", "2b-full,gradient_checkpointing=False,cap=0",
+    "5b-lora,gradient_checkpointing=False,cap=0", "2b-lora,batch_size=5", "5b-qlora,batch_size=2",
+    "2b-full,frames=17,height=256,width=384", "5b-lora,frames=25,height=320,width=480",
+    "1.5-lora,frames=49,height=768,width=1360", "5b-lora,batch_size=8,cap=80", "5b-full,batch_size=8,cap=80",
 ]  # fmt: skip
 SIZE = (49, 480, 720)
 COLUMNS = ["card", "torch", "row", "phase", "cap_gib", "held_before_gib", "allocated_gib", "reserved_gib", "context_gib", "seconds", "first_s", "tflops"]  # fmt: skip
@@ -94,7 +97,8 @@ def caching(row, folder):
     data.mkdir(exist_ok=True)
     for name in ("a", "b"):
         if not (data / f"{name}.mp4").exists():
-            cl.write_video(data / f"{name}.mp4", torch.rand(SIZE[0], 3, SIZE[1] // 8, SIZE[2] // 8), 8)
+            frames, height, width = SIZE
+            cl.write_video(data / f"{name}.mp4", torch.rand(frames, 3, height // 8, width // 8), 8)
             (data / f"{name}.txt").write_text(f"noise {name}")
     with tempfile.TemporaryDirectory() as cache:
         config = config_of(row, str(folder))
@@ -114,7 +118,7 @@ def training(row, folder, steps):
     dtype, _ = cl.choose_compute_dtype(accelerator.device, base)
     config.compute_dtype = str(dtype).removeprefix("torch.")
     start = time.perf_counter()
-    cache = cache_of_noise(folder / "cache", *SIZE)
+    cache = cache_of_noise(folder / "cache", config.frames, config.height, config.width)
     cache.prompts = {"a spider": cache.empty}
     trainer = cl.Trainer(config, base, cache, accelerator)
     yield {"phase": "loading", **phase.peak(), "seconds": time.perf_counter() - start}
