@@ -1552,13 +1552,14 @@ LEAST_SUBJECT_PX = 40  # at working size
 OWN_COLOURS_GAIN = 0.15  # see subject_masks
 LEAST_REFERENCE = 3  # clips
 SUBJECT_MOTION = ("residual", "strain", "folding", "vanishing")
-MOTION = (*SUBJECT_MOTION, "wobble")
-TEXTURE = ("pattern", "flicker", "grid")
+SHAPE = ("outlines", "markings")
+MOTION = (*SUBJECT_MOTION, "wobble", "shake")
+TEXTURE = ("pattern", "flicker", "grid", "lines")
 # What no eye would notice, however alike the reference clips are.
-LEAST_SPREAD = {"outlines": 0.01, "residual": 0.002, "strain": 0.005, "folding": 0.02, "vanishing": 0.02, "wobble": 0.004,
-                "pattern": 0.12, "flicker": 0.01, "grid": 0.5}  # fmt: skip
+LEAST_SPREAD = {"outlines": 0.01, "markings": 0.02, "residual": 0.002, "strain": 0.005, "folding": 0.02, "vanishing": 0.02,
+                "wobble": 0.004, "shake": 0.004, "pattern": 0.12, "flicker": 0.01, "grid": 0.5, "lines": 0.002}  # fmt: skip
 TO_LUMA_CHROMA = ((0.299, -0.299, 0.701), (0.587, -0.587, -0.587), (0.114, 0.886, -0.114))  # Y, B - Y, R - Y (BT.601)
-REFERENCE_MEASURES = ("outlines", *MOTION, *TEXTURE)
+REFERENCE_MEASURES = (*SHAPE, *MOTION, *TEXTURE)
 COMPANIONS = ("speed", "sharpness", "saturation", "grid")
 
 
@@ -1567,7 +1568,9 @@ class Distortion:
     """How a clip compares with real clips of its kind. All finite, whatever the clip."""
 
     score: float  # 0 for clips like the reference, larger is more distorted: shape + motion + texture, less `Reference.usual`
-    shape: float  # outlines that no reference clip shows, in any rotation, size or mirror image
+    shape: (
+        float  # outlines or markings of a subject that no reference clip shows, in any rotation, size or mirror image
+    )
     motion: float  # changes between frames that no shift, turn or zoom of the subject explains
     texture: float  # of the surroundings: grid patterns, noise, blur
     # Companions, each as a ratio to the reference's median: 1 is like the reference.
@@ -1615,16 +1618,15 @@ def pixel_grid(height, width):
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
 
 
-def flow_without_camera(flow_of, first, second, grid):
-    """Dense flow (h, w, 2) from one contrast image to another, and the same less the similarity that most of it follows."""
+def without_camera(flow, grid):
+    """Flow (h, w, 2) less the similarity that most of it follows."""
     import cv2
     import numpy as np
 
-    flow = flow_of.calc(first, second, None)
     here = grid[4::8, 4::8].reshape(-1, 2)
     camera, _ = cv2.estimateAffinePartial2D(here, here + flow[4::8, 4::8].reshape(-1, 2), ransacReprojThreshold=0.5)
     camera = np.eye(2, 3) if camera is None else camera
-    return flow, flow - (grid @ camera[:, :2].T + camera[:, 2] - grid).astype(np.float32)
+    return flow - (grid @ camera[:, :2].T + camera[:, 2] - grid).astype(np.float32)
 
 
 def subject_masks(video, speed):
@@ -1677,36 +1679,47 @@ def subject_masks(video, speed):
     return standing_out, "moves" if owned else "stands out"
 
 
-def outlines(masks):
-    """Masks (F, h, w) in polar coordinates around their centroids, scaled to their spread: (F', ANGLES, RADII). A rotated
-    subject is shifted along the angles, a larger or a moved one is the same. Frames without a subject are left out."""
+AREAS = [radius + 0.5 for radius in range(RADII)]  # of an outline's cells, which grow outwards
+
+
+def outlines_and_markings(video, masks):
+    """What a subject (masks (F, h, w)) looks like, its outline and its markings, each (F', ANGLES, RADII): in polar coordinates
+    around its centroid, scaled to its spread. A rotated subject is shifted along the angles, a larger or a moved one is the same.
+    Frames without a subject are left out.
+
+    Markings are how far the colours (F, h, w, 3) inside lie from their median, whatever that is, at a norm of 1; fainter ones
+    than an eye would notice have less.
+    """
     import cv2
     import numpy as np
 
-    found = []
-    for mask in masks:
+    found, usual = [], np.median(video[masks], axis=0) if masks.any() else 0
+    for colours, mask in zip(video, masks):
         y, x = np.nonzero(mask)
         if len(x) >= LEAST_SUBJECT_PX:
             spread = np.sqrt(x.var() + y.var())
+            both = np.dstack([mask, mask * np.linalg.norm(colours - usual, axis=-1)]).astype(np.float32)
             how = cv2.INTER_LINEAR | cv2.WARP_FILL_OUTLIERS
-            found.append(
-                cv2.warpPolar(mask.astype(np.float32), (RADII, ANGLES), (x.mean(), y.mean()), 2.6 * spread, how)
-            )
-    return np.stack(found) if found else np.zeros((0, ANGLES, RADII), np.float32)
+            found.append(cv2.warpPolar(both, (RADII, ANGLES), (x.mean(), y.mean()), 2.6 * spread, how))
+    found = np.stack(found) if found else np.zeros((0, ANGLES, RADII, 2), np.float32)
+    outlines, marked = (np.ascontiguousarray(found[..., k]) for k in (0, 1))
+    sizes, norms = ((a**2 @ np.float32(AREAS)).sum(1)[:, None, None] ** 0.5 for a in (outlines, marked))
+    return outlines, marked / np.maximum(norms, 0.03 * sizes)
 
 
 def unlike(some, others):
     """1 - IoU of each of some outlines (F, ANGLES, RADII) with the most similar of others (N, ANGLES, RADII), in any rotation
-    and mirror image: (F,). All rotations at once, as a correlation along the angles."""
+    and mirror image: (F,). All rotations at once, as a correlation along the angles. Of markings, which are not 0 or 1, it is 1 -
+    Tanimoto's coefficient, which for outlines is the IoU."""
     import numpy as np
 
-    area = np.arange(RADII, dtype=np.float32) + 0.5  # of a cell, which grows outwards
+    area = np.float32(AREAS)
     waves = np.fft.rfft(some * area, axis=1).astype(np.complex64).transpose(1, 0, 2)  # (K, F, RADII)
     shared = np.zeros((len(some), len(others)), np.float32)
     for mirrored in (others, others[:, ::-1]):
         other = np.fft.rfft(mirrored, axis=1).astype(np.complex64).transpose(1, 2, 0)  # (K, RADII, N)
         shared = np.maximum(shared, np.fft.irfft(waves @ other.conj(), ANGLES, axis=0).max(0))
-    areas = (some * area).sum((1, 2))[:, None] + (others * area).sum((1, 2))[None]
+    areas = (some**2 @ area).sum(1)[:, None] + (others**2 @ area).sum(1)[None]
     return 1 - (shared / np.maximum(areas - shared, 1e-6)).max(1)
 
 
@@ -1772,9 +1785,23 @@ def surroundings(planes, masks, ahead, grid):
     return np.mean(bands, axis=0), np.array(flicker), np.array(wobble)
 
 
+def shake(flows, grid):
+    """How much flows (h, w, 2), one a pair of frames, change from one pair to the next along their paths, less what a camera
+    explains: the median over the frame, in frame sizes, (pairs - 1,). What moves goes on moving; what is torn to and fro does not."""
+    import cv2
+    import numpy as np
+
+    found = []
+    for flow, next in zip(flows, flows[1:]):
+        there = grid + flow
+        later = cv2.remap(next, there[..., 0], there[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        found.append(np.median(np.linalg.norm(without_camera(later - flow, grid), axis=-1)) / WORK_PX)
+    return np.array(found)
+
+
 def measure(clip):
-    """All that is measured of one clip (F, C, H, W): a dict of MOTION's values and `flicker`, one a pair of frames, of `outlines`,
-    of `surroundings`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured.
+    """All that is measured of one clip (F, C, H, W): a dict of MOTION's values and `flicker`, some for each pair of frames, of SHAPE's, of
+    `pattern`, `grid` and `lines`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured.
     Raises UserError."""
     import cv2
     import numpy as np
@@ -1786,8 +1813,10 @@ def measure(clip):
     grid = pixel_grid(*contrast.shape[1:])
     flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     pairs = list(zip(contrast, contrast[1:]))
-    ahead = [flow_without_camera(flow_of, a, b, grid) for a, b in pairs]
-    back = [flow_without_camera(flow_of, b, a, grid) for a, b in pairs]
+    ahead, back = (
+        [(flow, without_camera(flow, grid)) for flow in (flow_of.calc(*way, None) for way in ways)]
+        for ways in (pairs, [(b, a) for a, b in pairs])
+    )
     to_next, to_last = ([np.linalg.norm(own, axis=-1) for _, own in way] for way in (ahead, back))
     still = np.zeros_like(to_next[0])  # the last frame has no next one, the first none before it
     masks, found = subject_masks(video, np.maximum([*to_next, still], [still, *to_last]))
@@ -1795,8 +1824,8 @@ def measure(clip):
     why, seen = [], areas >= LEAST_SUBJECT_PX
     if found == "stands out":
         why.append("no subject told by its motion: found by its colour")
-    out = {"outlines": outlines(masks), "frames": len(masks)}
-    rows = []
+    out, rows = {"frames": len(masks)}, []
+    out["outlines"], out["markings"] = outlines_and_markings(video, masks)
     if seen.any():
         size = np.sqrt(areas[seen].mean())
         for i in range(len(pairs)):
@@ -1811,11 +1840,12 @@ def measure(clip):
     out["speed"] = float(np.median(columns[4])) if rows else 0.0
     planes = video @ np.float32(TO_LUMA_CHROMA) / spread
     out["pattern"], out["flicker"], out["wobble"] = surroundings(planes, masks, ahead, grid)
+    out["shake"] = shake([flow for flow, _ in ahead], grid)
     edges = np.abs(np.diff(contrast.astype(np.float32), axis=2))
     out["sharpness"] = float(np.percentile(edges, 99))
     colourful = video.max(-1) - video.min(-1)
     out["saturation"] = float(colourful[masks].mean() if masks.any() else colourful.mean())
-    out["grid"] = np.array(grid_energy(clip))
+    out["grid"], out["lines"] = np.array(grid_energy(clip)), np.array(grid_lines(clip))
     out["why"] = tuple(why)
     return out
 
@@ -1836,10 +1866,28 @@ def grid_energy(clip, period=16):
     return float(np.mean(found)) if found else 1.0
 
 
+def grid_lines(clip, period=16):
+    """How much sharper whole rows and columns of pixels stand out at some places of a period than at others, as a share of full
+    brightness: 0 without a grid. It sees what runs through the frame only, and that well: medians along the rows and over
+    eight moments do not see an edge that is shorter, nor medians over the periods a single one."""
+    import numpy as np
+
+    grey, found = clip[:: -(-len(clip) // 8)].mean(1), []
+    for axis in (1, 2):
+        lines = np.moveaxis(grey, axis, 0)  # (n, F', the other axis)
+        ridges = np.abs(lines[1:-1] - (lines[2:] + lines[:-2]) / 2)
+        sharp = np.pad(np.median(ridges.reshape(len(ridges), -1), axis=1), 1, "edge")
+        whole = len(sharp) // period * period
+        if whole >= 2 * period:
+            found.append(np.median(sharp[:whole].reshape(-1, period), axis=0).std())
+    return float(np.mean(found)) if found else 0.0
+
+
 def distances(measured, reference):
     """How far one clip lies from reference clips, each as `measure` returns it: for MOTION's measures and the flicker the
     Wasserstein distance between the clip's values and theirs, for the pattern that from the most similar one's, for the
-    grid the logarithm of how much stronger it is than usual, for the outlines the mean of `unlike`. Measures that the clip or all others lack are left out."""
+    grid the logarithm of how much stronger it is than usual, for the lines the difference, for outlines and markings the mean of
+    `unlike`. Measures that the clip or all others lack are left out."""
     import numpy as np
 
     at, far = (np.arange(32) + 0.5) / 32, {}
@@ -1851,23 +1899,25 @@ def distances(measured, reference):
         0.0, math.log(max(measured["grid"], 0.1) / max(np.median([other["grid"] for other in reference]), 0.1))
     )
     far["pattern"] = min(float(np.abs(measured["pattern"] - other["pattern"]).mean()) for other in reference)
-    others = np.concatenate([other["outlines"] for other in reference])
-    if len(others):  # a frame without a subject is like no outline at all
-        outlined, frames = measured["outlines"], measured["frames"]
-        seen = unlike(outlined, others).sum() if len(outlined) else 0.0
-        far["outlines"] = float(seen + frames - len(outlined)) / frames
+    far["lines"] = max(0.0, float(measured["lines"] - np.median([other["lines"] for other in reference])))
+    for name in SHAPE:
+        others = np.concatenate([other[name] for other in reference])
+        if len(others):  # a frame without a subject is like no outline at all
+            mine, frames = measured[name], measured["frames"]
+            seen = unlike(mine, others).sum() if len(mine) else 0.0
+            far[name] = float(seen + frames - len(mine)) / frames
     return far
 
 
 def aspects(far, typical):
-    """Shape, motion and texture from distances: 0 within what reference clips differ, else half the logarithm of 1 + the square
-    of the excess, in units of the reference's own (a Cauchy likelihood: a wild measure does not hide the rest), of the worst
-    measure of each."""
+    """Shape, motion and texture from distances: 0 within what reference clips differ, else the logarithm of 1 + the square of a
+    third of the excess, in units of the reference's own (a Cauchy likelihood: what real clips do, too, counts little, and a
+    wild measure does not hide the rest), of the worst measure of each."""
 
     excess = {n: max(0.0, far[n] - typical[n][0]) / typical[n][1] for n in far if n in typical}
     return [
-        max([0.5 * math.log1p(excess[n] ** 2) for n in group if n in excess], default=0.0)
-        for group in (("outlines",), MOTION, TEXTURE)
+        max([math.log1p((excess[n] / 3) ** 2) for n in group if n in excess], default=0.0)
+        for group in (SHAPE, MOTION, TEXTURE)
     ]
 
 
@@ -1923,7 +1973,7 @@ def similarity(clips):
 
 
 REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
-MEASURES = 4  # to be raised when `measure` changes, so that statistics kept in a cache are made again
+MEASURES = 5  # to be raised when `measure` changes, so that statistics kept in a cache are made again
 
 
 def spread(clips):
@@ -1934,6 +1984,7 @@ def spread(clips):
 
 def cached_reference(clips, folder):
     """`reference_statistics` of the `spread` of some clips (Clip); made once, then kept in `folder`."""
+    import numpy as np
     from safetensors import safe_open
     from safetensors.numpy import save_file
     from tqdm import tqdm
@@ -1946,7 +1997,8 @@ def cached_reference(clips, folder):
         numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"{i}.{k}": v for i, m in enumerate(made.clips) for k, v in m.items()}, str(partial), numbers)
+        arrays = {f"{i}.{k}": np.asarray(v, order="C") for i, m in enumerate(made.clips) for k, v in m.items()}
+        save_file(arrays, str(partial), numbers)  # which would write a view of another array out of order
         os.replace(partial, file)
     with safe_open(str(file), "numpy") as opened:
         numbers = {name: json.loads(text) for name, text in opened.metadata().items()}

@@ -2,6 +2,7 @@
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (9 minutes)
     python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
+    python notebooks/study.py rejudge       scores the clips of those models anew, after a change of the score            (2 s a model)
     python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
     python notebooks/study.py style         how many steps does a style take, by LoRA and by full fine-tuning?     (20 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
@@ -17,6 +18,7 @@ Letters in shapes: F frames, C channels, H height, W width.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -25,6 +27,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import statistics
@@ -459,6 +462,19 @@ def study_prompts():
     return [(where, prompt) for where, prompts in sets.items() for prompt in prompts]
 
 
+def references(work):
+    """Statistics of the real clips that each set's clips are compared with."""
+    folders = {"concept": "data_samples/spider", "away": AWAY}
+    return {where: cl.cached_reference(cl.read_clips(f)[:50], work / "cache") for where, f in folders.items()}
+
+
+def scored(clip, reference):
+    """The columns of the clips' table that `cl.distortion` fills."""
+    found = dataclasses.asdict(cl.distortion(clip, reference))
+    found.pop("unjudged")
+    return found
+
+
 class Bench:
     """One arm with one seed: trains it, samples it, judges it."""
 
@@ -479,8 +495,7 @@ class Bench:
         self.cache = cl.cache_clips(config)
         away = dataclasses.replace(config, data=AWAY, clips=None, prior=None)
         self.losses_on = {"concept": self.cache.heldout[:12], "away": cl.cache_clips(away).train[:AWAY_JUDGED]}
-        folders = {"concept": "data_samples/spider", "away": AWAY}
-        self.references = {k: cl.cached_reference(cl.read_clips(f)[:50], work / "cache") for k, f in folders.items()}
+        self.references = references(work)
         self.trainer = cl.Trainer(config, base, self.cache, Accelerator(mixed_precision="no", cpu=True))
         self.began = [p.detach().clone() for p in self.trainer.parameters]
         self.base_norm = math.sqrt(
@@ -499,8 +514,8 @@ class Bench:
         return math.sqrt(sum(float(c.square().sum()) for c in changes)) / self.base_norm
 
     def judge(self, step, blend=1.0):
-        """Rows of the two tables: one a prompt, one in all."""
-        clips = self.trainer.generated(SAMPLING_SEED)
+        """Rows of the two tables: one a prompt, one in all; and the clips, rounded to the 8 bits that are kept of them."""
+        clips = [(255 * clip).round() / 255 for clip in self.trainer.generated(SAMPLING_SEED)]
         with self.trainer.judged(), torch.no_grad():
             change = self.weight_change()
         losses = {f"loss_{name}": self.trainer.heldout_loss(those) for name, those in self.losses_on.items()}
@@ -508,13 +523,11 @@ class Bench:
         rows = []
         with torch.no_grad():
             for (where, prompt), clip in zip(self.prompts, clips):
-                found = dataclasses.asdict(cl.distortion(clip, self.references[where]))
-                found.pop("unjudged")
                 truth = {
                     "pose_iou": world.subject_iou(clip[SAMPLED_FRAMES]),
                     "concept": world.concept_score(clip[SAMPLED_FRAMES]),
                 }
-                rows.append({**key, "set": where, "prompt": prompt, **found, **truth})
+                rows.append({**key, "set": where, "prompt": prompt, **scored(clip, self.references[where]), **truth})
         alike = {
             f"similarity_{name}": cl.similarity([c for (where, _), c in zip(self.prompts, clips) if where == name])
             for name in self.losses_on
@@ -545,6 +558,11 @@ def sheet_of(work, row):
     return work / "sheets" / "{arm}_seed_{seed:g}_step_{step:g}_blend_{blend:g}.png".format(**row).replace(" ", "_")
 
 
+def clips_of(work, row):
+    """Where the clips of a row of the runs' table lie."""
+    return work / "clips" / sheet_of(work, row).with_suffix(".npz").name
+
+
 CURVE = ("loss", "grad_norm", "update_ratio", "changed_share")
 CURVE_STEPS = 25  # a row of curves.csv is the mean over so many steps
 
@@ -567,9 +585,11 @@ def run_arm(job):
         clip_rows.extend(rows)
         run_rows.append(row)
         labels = [f"{where}: {prompt}" for where, prompt in bench.prompts]
-        file = sheet_of(work, run_rows[-1])
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file, kept = sheet_of(work, row), clips_of(work, row)
+        for folder in (file.parent, kept.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         cl.contact_sheet(clips, labels, columns=SHEET_FRAMES, least_px=64).save(file)
+        np.savez_compressed(kept, clips=(255 * torch.stack(clips)).round().byte().numpy())
 
     if base_only:
         judge(0)
@@ -631,9 +651,6 @@ def append_rows(path, rows):
 
 def run_study(work, only, questions, seeds, jobs, hours):
     """Run what is not in the tables yet, seed by seed, and add its rows as soon as it is finished."""
-    import concurrent.futures
-    import multiprocessing
-
     RESULTS.mkdir(exist_ok=True)
     done = {(r["arm"], int(r["seed"])) for r in read_table(table("runs"))}
     arms = study_arms()
@@ -785,9 +802,6 @@ def run_style(job):
 
 def style(work, seeds, jobs):
     """Teach the nano base the bundled style, and add to results/study_style.csv what is not in it yet; then print it."""
-    import concurrent.futures
-    import multiprocessing
-
     done = {(r["arm"], int(r["seed"])) for r in read_table(table("style"))}
     todo = [(name, seed, work) for seed in seeds for name in STYLE_ARMS if (f"style {name}", seed) not in done]
     if todo:  # clips and prompts are coded once, before two processes would do it at a time
@@ -835,6 +849,39 @@ def on_sheet(file, rows):
     cells = picture.unfold(0, height, height).unfold(1, width, width)  # (rows, frames, 3, height, width)
     size = world.SIZE
     return list(cells[..., height - size - 2 : height - 2, :size])  # below the label, left of the gap
+
+
+def begin_scoring(compared):
+    """Give a process that scores models the real clips' statistics, once."""
+    cv2.setNumThreads(1)
+    scored_anew.compared = compared
+
+
+def scored_anew(rows, file):
+    """Rows of the clips' table with what `cl.distortion` says now of the clips in a file."""
+    clips = np.load(file)["clips"].astype(np.float32) / 255
+    return [{**row, **scored(clip, scored_anew.compared[row["set"]])} for row, clip in zip(rows, clips, strict=True)]
+
+
+def rejudge(work, jobs):
+    """Score anew, with `cl.distortion` as it is now, the clips that `run` left in `work`; other columns of the clips' table stay.
+    Refused where the clips of a model are missing: a table is not to mix two scores."""
+    rows, compared = read_table(table("clips")), references(work)
+    models = {}
+    for row in rows:
+        models.setdefault(checkpoint(row), []).append(row)
+    missing = [name for name, mine in models.items() if not clips_of(work, mine[0]).exists()]
+    if missing:
+        raise SystemExit(
+            f"study: {work / 'clips'} lacks the clips of {len(missing)} of {len(models)} models, such as {missing[0]}; nothing done"
+        )
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, begin_scoring, (compared,)) as pool:
+        found = pool.map(scored_anew, models.values(), [clips_of(work, mine[0]) for mine in models.values()])
+        rows = [row for mine in tqdm(found, desc="score clips", total=len(models), unit="model") for row in mine]
+    fresh = table("clips").with_suffix(".fresh")
+    append_rows(fresh, rows)
+    os.replace(fresh, table("clips"))
 
 
 PARTS = ("creature", "colour", "direction", "ground")  # of a caption
@@ -1171,10 +1218,17 @@ def at_equal(made, by, measure, group, other, least=0.0):
     return found
 
 
+def with_interval(found):
+    """(mean, half of its 95 % interval by Student's t) of some numbers."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
+    return statistics.fmean(found), half
+
+
 def answer(claim, made):
     """(differences paired by seed, half of the 95 % interval of their mean, verdict) of a claim. Student's t, which is wide for three
     seeds: "unclear" means that the interval has 0 in it, not that there is no difference."""
-    from scipy.stats import t
 
     def by_seed(model):
         return {
@@ -1190,8 +1244,7 @@ def answer(claim, made):
         found = [a - low.get(seed, low.get(0)) for seed, a in sorted(high.items()) if seed in low or 0 in low]
     if len(found) < 3:
         return found, None, "too few seeds yet" if found else "not run yet"
-    half = float(t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
-    mean = statistics.fmean(found)
+    mean, half = with_interval(found)
     return found, half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
 
 
@@ -1497,6 +1550,7 @@ def main(argv=None):
             "run",
             "alarm",
             "style",
+            "rejudge",
             "captions",
             "pictures",
             "agreement",
@@ -1515,7 +1569,10 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after this time")
     parser.add_argument(
-        "--work", type=Path, default=Path("~/.cache/cogvideo_lite/study"), help="cache and contact sheets [%(default)s]"
+        "--work",
+        type=Path,
+        default=Path("~/.cache/cogvideo_lite/study"),
+        help="cache, contact sheets and clips [%(default)s]",
     )
     args = parser.parse_args(argv)
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
@@ -1532,6 +1589,9 @@ def main(argv=None):
     if args.step == "style":
         torch.set_num_threads(1)
         style(args.work.expanduser(), args.seeds, args.jobs)
+        return
+    if args.step == "rejudge":
+        rejudge(args.work.expanduser(), args.jobs)
         return
     if args.step in ("captions", "pictures"):
         with torch.no_grad():

@@ -119,6 +119,78 @@ def test_lines_every_16_px_are_a_grid_and_a_lone_step_is_none():
     assert cl.grid_energy((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) < 3
 
 
+def test_lines_are_measured_by_how_dark_they_are_and_only_where_they_run_through_the_frame():
+    y = torch.arange(96)
+    ground = 0.5 + 0.3 * torch.rand(96, 96, generator=torch.manual_seed(0))
+    for level in (0.0, 0.05, 0.2):
+        grid = 0.6 - level * torch.maximum((y % 16 == 5).float()[:, None], (y % 16 == 5).float()[None])
+        # Of 16 places one stands out by the level, and its neighbours by half of it.
+        expected = float(torch.tensor([level, level / 2, level / 2] + [0.0] * 13).std(correction=0))
+        assert cl.grid_lines(grid.expand(9, 3, 96, 96).numpy()) == pytest.approx(expected, abs=1e-6)
+    assert cl.grid_lines((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) == 0
+    assert cl.grid_lines(ground.expand(2, 3, 96, 96).numpy()) < 0.02
+    assert cl.grid_lines(np.zeros((2, 3, 16, 40), np.float32)) == 0  # less than two periods
+
+
+def test_what_moves_on_does_not_shake_nor_does_a_camera_and_what_is_torn_to_and_fro_does():
+    grid = cl.pixel_grid(96, 128)
+    shear = np.zeros((96, 128, 2), np.float32)
+    shear[..., 0] = 5 * np.sin(2 * math.pi * grid[..., 1] / 24)
+    there = np.full((96, 128, 2), 4, np.float32)
+    assert cl.shake([shear] * 3, grid) == pytest.approx([0, 0], abs=1e-6)
+    assert cl.shake([there, -there, there], grid) == pytest.approx([0, 0], abs=1e-5)
+    # Of a sine the median size is 1 / sqrt(2); the field of 5 px turns round, a change of 10.
+    assert cl.shake([shear, -shear, shear], grid) == pytest.approx([10 / math.sqrt(2) / cl.WORK_PX] * 2, rel=0.1)
+    assert len(cl.shake([shear], grid)) == 0
+
+
+@pytest.fixture(scope="module")
+def butterflies():
+    """(statistics of real clips, held-out real clips, masks) of the base's creatures, butterflies held out."""
+    reference, heldout, masks, scenes = study.base_world(24)
+    these = [i for i, species in enumerate(scenes.species) if species == "butterfly"][:CLIPS]
+    return cl.reference_statistics(reference), [heldout[i] for i in these], [masks[i] for i in these]
+
+
+@pytest.mark.parametrize("name", ["swirl", "grid", "elastic"])
+def test_among_many_kinds_of_creature_a_distorted_one_scores_higher(butterflies, name):
+    reference, heldout, masks = butterflies
+    change, strengths = study.DISTORTIONS[name]
+    changed = [change(clip, strengths[2], np.random.default_rng(i), masks[i]) for i, clip in enumerate(heldout)]
+    clean, distorted = ([total(cl.distortion(clip, reference)) for clip in clips] for clips in (heldout, changed))
+    assert study.auc(distorted, clean) >= 0.95
+
+
+def test_the_inside_of_an_outline_is_judged_too(butterflies):
+    reference, heldout, masks = butterflies
+    for clip, mask in zip(heldout, masks):
+        turned = clip.transpose(0, 2, 3, 1).copy()
+        for frame, inside in zip(turned, mask):
+            places = np.argwhere(inside)
+            row, column = places.mean(0).round().astype(int)
+            across = places[:, ::-1] * [1, -1] + [row - column, row + column]  # a quarter turn around the centre
+            across = across.clip(0, np.array(inside.shape) - 1)
+            usual = np.median(frame[inside], axis=0)
+            frame[inside] = np.where(
+                inside[across[:, 0], across[:, 1], None], frame[across[:, 0], across[:, 1]], usual
+            )  # the outline is the same
+        before, after = (
+            cl.distances(cl.measure(video), reference.clips) for video in (clip, turned.transpose(0, 3, 1, 2))
+        )
+        farther = {name: after[name] - before[name] for name in cl.SHAPE}
+        # A subject is found by its colours, too, so that its outline is not found quite the same.
+        assert farther["markings"] > max(0.05, 2 * farther["outlines"])
+
+
+def test_statistics_are_kept_as_they_were_measured(kumo, tmp_path):
+    clips = cl.read_clips("data_samples/spider")[:3]
+    kept = cl.cached_reference(clips, tmp_path).clips
+    for clip, found in zip(clips, kept):
+        measured = cl.measure(clip.video)
+        assert set(found) == set(cl.REFERENCE_MEASURES)
+        assert all(np.array_equal(measured[name], found[name]) for name in found)
+
+
 def test_the_concept_score_knows_kumo_from_a_plain_spider():
     rows = [("kumo", "yellow", "left", "water"), ("spider", "red", "left", "water"), ("spider", "purple", "up", "sand")]
     video = make_samples.render(make_samples.random_scenes(rows, 3))[0].float() / 255

@@ -106,6 +106,29 @@ def test_teaching_the_style_is_judged_on_prompts_with_and_without_its_words(tmp_
     assert len(list((tmp_path / "sheets").glob("style_lora_2e-3_seed_1_step_*.png"))) == 2
 
 
+def test_clips_that_were_kept_are_scored_anew_and_what_else_is_known_of_them_stays(tmp_path, monkeypatch):
+    clips = [clip.video.numpy() for clip in cl.read_clips(ROOT / "data_samples/spider-heldout")[:2]]
+    compared = cl.reference_statistics(clip.video for clip in cl.read_clips(ROOT / "data_samples/spider")[:4])
+    monkeypatch.setattr(study, "references", lambda _: {"away": compared})
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    at = {"arm": "full 1e-4", "seed": 1, "step": 500, "blend": 1.0}
+    stale = dict.fromkeys(study.scored(clips[0], compared), 99.0)
+    rows = [{**at, "set": "away", "prompt": str(k), **stale, "pose_iou": 0.1 * (k + 1)} for k in range(2)]
+    study.append_rows(study.table("clips"), rows)
+    file = study.clips_of(tmp_path, at)
+    file.parent.mkdir()
+    study.np.savez_compressed(file, clips=(255 * study.np.stack(clips)).round().astype("uint8"))
+    study.rejudge(tmp_path, 1)
+    for clip, row, before in zip(clips, study.read_table(study.table("clips")), rows):
+        eight_bits = (255 * clip).round().astype("float32") / 255
+        assert row["score"] == pytest.approx(cl.distortion(eight_bits, compared).score, rel=1e-4)
+        assert (row["prompt"], row["pose_iou"]) == (float(before["prompt"]), pytest.approx(before["pose_iou"]))
+    file.unlink()
+    with pytest.raises(SystemExit, match="lacks the clips of 1 of 1 models"):
+        study.rejudge(tmp_path, 1)
+    assert study.read_table(study.table("clips"))[0]["score"] != 99
+
+
 def model(arm, concept, score, seed=1, loss=0.03, step=500, blend=1.0):
     return {"arm": arm, "seed": seed, "step": step, "blend": blend, "concept_concept": concept, "score_away": score,
             "loss_concept": loss}  # fmt: skip
