@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -644,7 +645,10 @@ def new_text_encoder(vocab_size):
     )  # fmt: skip
 
 
-def new_transformer(layers=6, heads=3):
+HEADS = 3  # of 64 channels each
+
+
+def new_transformer(layers=6, heads=HEADS):
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(
@@ -719,14 +723,14 @@ def base_latents(work, model):
     return torch.load(path)
 
 
-def train_base(work, model):
+def train_base(work, model, heads=HEADS):
     from diffusers import AutoencoderKLCogVideoX
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     data = base_latents(work, model)
     tokenizer, scheduler = new_tokenizer(), new_scheduler()
     torch.manual_seed(1)
-    text_encoder, transformer = new_text_encoder(len(tokenizer)), new_transformer()
+    text_encoder, transformer = new_text_encoder(len(tokenizer)), new_transformer(heads=heads)
     scaling = AutoencoderKLCogVideoX.load_config(model / "vae")["scaling_factor"]
     ids = torch.tensor(
         tokenizer(data["captions"], padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
@@ -741,7 +745,8 @@ def train_base(work, model):
     # Not the modulation: a third of the blocks' weights, whose orthogonalization would take as long as a forward.
     matrices = re.compile(r"transformer.transformer_blocks.\d+.(attn1|ff).*")
     optimizers = muon_and_adamw(modules, 5e-3, BASE_LR, matrices.fullmatch)
-    state_file, first = work / "base.pt", 0
+    name = "base" if heads == HEADS else f"base-{64 * heads}"
+    state_file, first = work / f"{name}.pt", 0
     if state_file.exists():
         state = torch.load(state_file)
         modules.load_state_dict(state["modules"])
@@ -787,7 +792,7 @@ def train_base(work, model):
         if (step + 1) % 250 == 0 or step + 1 == BASE_STEPS:
             state = {"modules": modules.state_dict(), "average": average, "step": step + 1}
             atomic_save(state | {"optimizers": [o.state_dict() for o in optimizers]}, state_file)
-            with open(work / "base_loss.jsonl", "a") as log:
+            with open(work / f"{name}_loss.jsonl", "a") as log:
                 log.write(json.dumps({"step": step + 1, "loss": round(smooth, 5)}) + "\n")
     modules.load_state_dict(average, strict=False)
     save_base(transformer, text_encoder, tokenizer, scheduler, model)
@@ -1236,13 +1241,18 @@ def main(argv=None):
     parser.add_argument(
         "--work", type=Path, default=Path.home() / ".cache/cogvideo_lite/make_samples", help="states to resume from"
     )
+    parser.add_argument(
+        "--heads", type=int, default=HEADS, help=f"of 64 channels, of the base's transformer: its width [{HEADS}]"
+    )
     args = parser.parse_args(argv)
     if args.step in ("clips", "all"):
         make_clips()
     if args.step in ("vae", "all"):
         train_vae(args.work, args.model)
     if args.step in ("base", "all"):
-        train_base(args.work, args.model)
+        if not (args.model / "vae").exists():  # another base for the bundled VAE
+            shutil.copytree(HERE / "cogvideox-nano/vae", args.model / "vae")
+        train_base(args.work, args.model, args.heads)
     if args.step in ("check", "all"):
         check(args.model, args.work)
     if args.step == "picture":

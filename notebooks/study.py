@@ -5,6 +5,7 @@
     python notebooks/study.py rejudge       scores the clips of those models anew, after a change of the score            (2 s a model)
     python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
     python notebooks/study.py style         how many steps does a style take, by LoRA and by full fine-tuning?     (20 minutes)
+    python notebooks/study.py width         does the knee of full fine-tuning go with 1 / width? (needs a base of another width)      (20 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
     python notebooks/study.py pictures      small contact sheets of the arms that differ in rate and steps, for the lessons
     python notebooks/study.py results       the study's table: mean and spread over seeds of each arm
@@ -25,6 +26,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -840,6 +842,91 @@ def styles():
         print(f"| {at[0]} | {at[1]:g} | {len(mine)} | {' | '.join(cells)} |")
 
 
+WIDTH_RATES = tuple(round(2e-4 * 1.5**k, 6) for k in range(12))  # up to 0.017, the same for each width
+WIDTH_STEPS = 500
+WIDTH_FIELDS = ("width", "lr", "seed", "step", "untrained_concept", "untrained_away", "loss_concept", "loss_away")
+
+
+def run_width(job):
+    """A row (WIDTH_FIELDS) of a base of some width, fully fine-tuned at a rate as in the case on record for WIDTH_STEPS."""
+    model, lr, seed, work = job
+    torch.set_num_threads(1)
+    cl.quiet_libraries()
+    arm = Arm("", (3,), {**CASE, **FULL, "model": model, "lr": lr}, at=(WIDTH_STEPS,))
+    bench = Bench(arm, seed, work)
+    losses = lambda: [bench.trainer.heldout_loss(bench.losses_on[where]) for where in ("concept", "away")]  # noqa: E731
+    untrained, step = losses(), 0
+    with contextlib.suppress(cl.RunError):  # a loss that is not finite: what is left is judged as it stands
+        while step < WIDTH_STEPS:
+            bench.trainer.step(step)
+            step += 1
+    ended = losses() if step == WIDTH_STEPS else [math.inf, math.inf]
+    return [dict(zip(WIDTH_FIELDS, (cl.find_base(model).width, lr, seed, step, *untrained, *ended)))]
+
+
+def width(work, other, seeds, jobs):
+    """Fine-tune the nano base and one of another width over one grid of rates, and add to results/study_width.csv what is not in it
+    yet; then print where the knees lie. other: folder that `data_samples/make_samples.py base --heads` has made."""
+    models = [cl.Config().model, *([str(other)] if other else [])]
+    done = {(r["width"], r["lr"], r["seed"]) for r in read_table(table("width"))}
+    todo = []
+    for model in models:
+        cl.quiet_libraries()
+        grid = [(lr, seed) for seed in seeds for lr in WIDTH_RATES]
+        missing = [(model, *at, work) for at in grid if (cl.find_base(model).width, *at) not in done]
+        if missing:  # clips and prompts are coded once, before two processes would do it at a time
+            Bench(Arm("", (3,), {**CASE, **FULL, "model": model, "lr": 1e-6}), 1, work)
+        todo += missing
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        runs = [pool.submit(run_width, job) for job in todo]
+        for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="width", unit="run"):
+            append_rows(table("width"), run.result())
+    widths()
+
+
+def knee(rates, ratios):
+    """The rate from which on a loss is above the untrained base's: where the logarithm of their ratio, drawn over that of the rate, first
+    crosses 0 beyond its lowest point. None where it does not."""
+    found = sorted(zip(rates, ratios))
+    lowest = min(range(len(found)), key=lambda k: found[k][1])
+    for (low, below), (high, above) in itertools.pairwise(found[lowest:]):
+        if below < 1 <= above:
+            share = 1.0 if math.isinf(above) else math.log(below) / math.log(below / above)
+            return math.exp(math.log(low) + share * math.log(high / low))
+    return None
+
+
+def width_knees(where="concept"):
+    """{width: {seed: (knee, rate of the lowest loss)}} of results/study_width.csv, by a loss on held-out clips of the concept, or away."""
+    found = {}
+    for row in read_table(table("width")):
+        ratio = row[f"loss_{where}"] / row[f"untrained_{where}"]
+        found.setdefault(int(row["width"]), {}).setdefault(int(row["seed"]), []).append((row["lr"], ratio))
+    return {
+        size: {seed: (knee(*zip(*way)), min(way, key=lambda at: at[1])[0]) for seed, way in of.items()}
+        for size, of in found.items()
+    }
+
+
+def widths():
+    """Print, for each width, where the knee and the lowest loss lie, and how many times higher those of the narrower model."""
+    found = width_knees()
+    for size, of in sorted(found.items()):
+        told = ", ".join(f"seed {seed} {at:.2e} (lowest loss at {best:g})" for seed, (at, best) in sorted(of.items()))
+        print(f"width {size}: knee at {told}")
+    if len(found) == 2:
+        narrow, wide = (found[size] for size in sorted(found))
+        logs = [math.log(narrow[seed][0] / wide[seed][0]) for seed in sorted(narrow.keys() & wide.keys())]
+        mean, half = with_interval(logs)
+        by_rule = max(found) / min(found)
+        print(
+            f"the narrower one's is {math.exp(mean):.2f} times as high ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}, "
+            f"n {len(logs)}); by the rule of 1 / width {by_rule:.2f}, and by none 1"
+        )
+
+
 def on_sheet(file, rows):
     """The frames (F, 3, H, W) in [0, 1] of each of `rows` clips of a contact sheet that `run_arm` saved."""
     from PIL import Image
@@ -1550,6 +1637,7 @@ def main(argv=None):
             "run",
             "alarm",
             "style",
+            "width",
             "rejudge",
             "captions",
             "pictures",
@@ -1574,6 +1662,9 @@ def main(argv=None):
         default=Path("~/.cache/cogvideo_lite/study"),
         help="cache, contact sheets and clips [%(default)s]",
     )
+    parser.add_argument(
+        "--other", type=Path, help="for width: a base of another width, by data_samples/make_samples.py base --heads 1"
+    )
     args = parser.parse_args(argv)
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
     if args.step == "run":
@@ -1589,6 +1680,10 @@ def main(argv=None):
     if args.step == "style":
         torch.set_num_threads(1)
         style(args.work.expanduser(), args.seeds, args.jobs)
+        return
+    if args.step == "width":
+        torch.set_num_threads(1)
+        width(args.work.expanduser(), args.other, args.seeds, args.jobs)
         return
     if args.step == "rejudge":
         rejudge(args.work.expanduser(), args.jobs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cogvideo_lite as cl
-from conftest import ROOT
+from conftest import NANO, ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 
@@ -195,6 +195,40 @@ def test_the_alarm_is_counted_by_how_runs_end(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "full 2e-3\n  step  50: 1 of 1, min 1.50" in told
     assert "lora 2e-3\n  step  50: 1 of 2, max 1.10" in told and "lion8bit\n  step  50: 0 of 1, max 0.70" in told
+
+
+def test_the_knee_is_where_the_loss_rises_above_the_bases_for_the_first_time_beyond_its_lowest():
+    rates = [1e-4, 2e-4, 4e-4, 8e-4]
+    assert study.knee(rates, [(r / 3e-4) ** 2 for r in rates]) == pytest.approx(
+        3e-4
+    )  # a straight line, drawn by logarithms
+    assert study.knee(rates, [1.2, 0.5, 0.8, 1.25]) == pytest.approx(
+        4e-4 * math.sqrt(2)
+    )  # a rate that is too low to begin with
+    assert study.knee(rates, [0.9, 0.8, 0.9, math.inf]) == pytest.approx(8e-4)
+    assert study.knee(rates, [0.9, 0.8, 0.7, 0.6]) is None
+
+
+def test_a_base_of_some_width_is_judged_by_its_losses_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WIDTH_STEPS", 2)
+    (row,) = study.run_width((str(NANO), 1e-4, 1, tmp_path))
+    assert tuple(row) == study.WIDTH_FIELDS and (row["width"], row["lr"], row["step"]) == (192, 1e-4, 2)
+    base = next(c for c in study.checkpoints() if c["arm"] == "base")
+    for where in ("concept", "away"):  # what another part of the study has found
+        assert row[f"untrained_{where}"] == pytest.approx(base[f"loss_{where}"], rel=1e-3)
+        assert row[f"loss_{where}"] == pytest.approx(row[f"untrained_{where}"], rel=0.05)
+        assert row[f"loss_{where}"] != row[f"untrained_{where}"]
+
+
+def test_how_the_knee_goes_with_the_width_is_told_with_its_interval(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for seed, shift in ((1, 1.0), (2, 1.1), (3, 1 / 1.1)):
+        for width, at in ((64, 6e-4 * shift), (192, 2e-4)):
+            rows = [(width, lr, seed, 500, 0.05, 0.02, 0.05 * (lr / at) ** 2, 0.02) for lr in (1e-4, 3e-4, 9e-4, 27e-4)]
+            study.append_rows(study.table("width"), [dict(zip(study.WIDTH_FIELDS, row)) for row in rows])
+    study.widths()
+    told = capsys.readouterr().out
+    assert "is 3.00 times as high (2.37 to 3.80, n 3); by the rule of 1 / width 3.00" in told
 
 
 @pytest.mark.parametrize("question", study.QUESTIONS)
