@@ -1568,9 +1568,7 @@ class Distortion:
     """How a clip compares with real clips of its kind. All finite, whatever the clip."""
 
     score: float  # 0 for clips like the reference, larger is more distorted: shape + motion + texture, less `Reference.usual`
-    shape: (
-        float  # outlines or markings of a subject that no reference clip shows, in any rotation, size or mirror image
-    )
+    shape: float  # outlines or markings that no reference clip shows, in any rotation, size or mirror image
     motion: float  # changes between frames that no shift, turn or zoom of the subject explains
     texture: float  # of the surroundings: grid patterns, noise, blur
     # Companions, each as a ratio to the reference's median: 1 is like the reference.
@@ -2707,9 +2705,8 @@ set(true); follow();
 # down once for each of the others. All that is then played to a model of CUDA's allocator.
 
 GIB = 2**30
-FEW_BLOCKS = (
-    5  # of the transformer are run: the fewest of which one is not beside the first or the last, nor its neighbours
-)
+# Of the transformer are run: the fewest of which one is not beside the first or the last, nor its neighbours.
+FEW_BLOCKS = 5
 CONTEXT_GIB = 0.6  # assumed, not predicted: the driver's context, kernels and their workspaces
 KINDS = ("weights", "adapters", "gradients", "optimizer", "saved activations", "working space")
 

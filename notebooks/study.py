@@ -337,17 +337,13 @@ SEEDS = (1, 2, 3)
 CASE = dict(
     clips=50, batch_size=1, max_grad_norm=0.1, weight_decay=1e-4, caption_dropout=0.1, warmup=20, optimizer="adamw"
 )
-RECIPE = dict(
-    batch_size=4, max_grad_norm=1.0
-)  # what cogvideo_lite.py's recipes for this model, of 400 steps, have in its place
+RECIPE = dict(batch_size=4, max_grad_norm=1.0)  # instead, in cogvideo_lite.py's recipes for this model, of 400 steps
 LORA = dict(method="lora", rank=32, alpha=32.0)
 FULL = dict(method="full")
 EVERY = (125, 250, 500, 1000, 2000, 4000)  # steps
 LONG = (6000, 10_000, 20_000)  # of arms that go on: runs of their own, since a run takes half an hour
-AWAY, AWAY_JUDGED = (
-    "data_samples/away",
-    12,
-)  # clips of other things; the first of them are what `loss_away` is measured on
+# Clips of other things; so many of them, the first, are what `loss_away` is measured on.
+AWAY, AWAY_JUDGED = "data_samples/away", 12
 PRIOR = dict(prior=AWAY)  # all but those
 FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3)
 LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)

@@ -199,12 +199,10 @@ def test_the_alarm_is_counted_by_how_runs_end(monkeypatch, capsys):
 
 def test_the_knee_is_where_the_loss_rises_above_the_bases_for_the_first_time_beyond_its_lowest():
     rates = [1e-4, 2e-4, 4e-4, 8e-4]
-    assert study.knee(rates, [(r / 3e-4) ** 2 for r in rates]) == pytest.approx(
-        3e-4
-    )  # a straight line, drawn by logarithms
-    assert study.knee(rates, [1.2, 0.5, 0.8, 1.25]) == pytest.approx(
-        4e-4 * math.sqrt(2)
-    )  # a rate that is too low to begin with
+    by_power = [(r / 3e-4) ** 2 for r in rates]  # straight where it is drawn by logarithms
+    assert study.knee(rates, by_power) == pytest.approx(3e-4)
+    falls_first = [1.2, 0.5, 0.8, 1.25]
+    assert study.knee(rates, falls_first) == pytest.approx(4e-4 * math.sqrt(2))
     assert study.knee(rates, [0.9, 0.8, 0.9, math.inf]) == pytest.approx(8e-4)
     assert study.knee(rates, [0.9, 0.8, 0.7, 0.6]) is None
 
