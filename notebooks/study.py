@@ -838,7 +838,7 @@ def styles():
         print(f"| {at[0]} | {at[1]:g} | {len(mine)} | {' | '.join(cells)} |")
 
 
-WIDTH_RATES = tuple(round(2e-4 * 1.5**k, 6) for k in range(12))  # up to 0.017, the same for each width
+WIDTH_RATES = tuple(round(4.5e-4 * 1.5**k, 6) for k in range(6))  # up to 0.0034, the same for each width
 WIDTH_STEPS = 500
 WIDTH_FIELDS = ("width", "lr", "seed", "step", "untrained_concept", "untrained_away", "loss_concept", "loss_away")
 
@@ -863,7 +863,7 @@ def run_width(job):
 def width(work, other, seeds, jobs):
     """Fine-tune the nano base and one of another width over one grid of rates, and add to results/study_width.csv what is not in it
     yet; then print where the knees lie. other: folder that `data_samples/make_samples.py base --heads` has made."""
-    models = [cl.Config().model, *([str(other)] if other else [])]
+    models = [*([str(other)] if other else []), cl.Config().model]
     done = {(r["width"], r["lr"], r["seed"]) for r in read_table(table("width"))}
     todo = []
     for model in models:
@@ -873,54 +873,59 @@ def width(work, other, seeds, jobs):
         if missing:  # clips and prompts are coded once, before two processes would do it at a time
             Bench(Arm("", (3,), {**CASE, **FULL, "model": model, "lr": 1e-6}), 1, work)
         todo += missing
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(run_width, job) for job in todo]
         for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="width", unit="run"):
             append_rows(table("width"), run.result())
     widths()
 
 
-def knee(rates, ratios):
-    """The rate from which on a loss is above the untrained base's: where the logarithm of their ratio, drawn over that of the rate, first
-    crosses 0 beyond its lowest point. None where it does not."""
+def knee(rates, ratios, level=1.0):
+    """The rate from which on a loss is above `level` times the untrained base's: where the logarithm of their ratio, drawn over that of the
+    rate, first crosses it beyond its lowest point. None where it does not."""
     found = sorted(zip(rates, ratios))
     lowest = min(range(len(found)), key=lambda k: found[k][1])
     for (low, below), (high, above) in itertools.pairwise(found[lowest:]):
-        if below < 1 <= above:
-            share = 1.0 if math.isinf(above) else math.log(below) / math.log(below / above)
+        if below < level <= above:
+            share = 1.0 if math.isinf(above) else math.log(below / level) / math.log(below / above)
             return math.exp(math.log(low) + share * math.log(high / low))
     return None
 
 
-def width_knees(where="concept"):
-    """{width: {seed: (knee, rate of the lowest loss)}} of results/study_width.csv, by a loss on held-out clips of the concept, or away."""
+KNEES = {"concept": 1.0, "away": 2.0}  # of the concept's clips is learned, what the base knew is lost at any rate
+
+
+def width_knees(where):
+    """{width: {seed: knee}} of results/study_width.csv, by the loss on held-out clips of the concept, or of other things."""
     found = {}
     for row in read_table(table("width")):
         ratio = row[f"loss_{where}"] / row[f"untrained_{where}"]
         found.setdefault(int(row["width"]), {}).setdefault(int(row["seed"]), []).append((row["lr"], ratio))
-    return {
-        size: {seed: (knee(*zip(*way)), min(way, key=lambda at: at[1])[0]) for seed, way in of.items()}
-        for size, of in found.items()
-    }
+    return {size: {seed: knee(*zip(*way), KNEES[where]) for seed, way in of.items()} for size, of in found.items()}
 
 
 def widths():
-    """Print, for each width, where the knee and the lowest loss lie, and how many times higher those of the narrower model."""
-    found = width_knees()
-    for size, of in sorted(found.items()):
-        told = ", ".join(f"seed {seed} {at:.2e} (lowest loss at {best:g})" for seed, (at, best) in sorted(of.items()))
-        print(f"width {size}: knee at {told}")
-    if len(found) == 2:
-        narrow, wide = (found[size] for size in sorted(found))
-        logs = [math.log(narrow[seed][0] / wide[seed][0]) for seed in sorted(narrow.keys() & wide.keys())]
-        mean, half = with_interval(logs)
-        by_rule = max(found) / min(found)
-        print(
-            f"the narrower one's is {math.exp(mean):.2f} times as high ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}, "
-            f"n {len(logs)}); by the rule of 1 / width {by_rule:.2f}, and by none 1"
-        )
+    """Print, for each width, where the knees lie, and how many times higher the narrower model's; returns these by loss: (how many
+    times, the ends of its 95 % interval, by the rule of 1 / width)."""
+    times = {}
+    for where, level in KNEES.items():
+        print(f"loss {where} is {level:g} times the base's")
+        found = width_knees(where)
+        for size, of in sorted(found.items()):
+            rates = ", ".join(
+                f"{at:.2e} (seed {seed})" if at else f"no rate (seed {seed})" for seed, at in sorted(of.items())
+            )
+            print(f"  width {size}: at {rates}")
+        narrow, wide = found[min(found)], found[max(found)]
+        logs = [math.log(at / wide[seed]) for seed, at in narrow.items() if at and wide.get(seed)]
+        if len(found) == 2 and len(logs) > 2:
+            mean, half = with_interval(logs)
+            times[where] = [math.exp(mean + k * half) for k in (0, -1, 1)] + [max(found) / min(found)]
+            print(
+                "  the narrower one's is {:.2f} times as high ({:.2f} to {:.2f}, n {n}); by the rule of 1 / width {:.2f}, and "
+                "by none 1".format(*times[where], n=len(logs))
+            )
+    return times
 
 
 def on_sheet(file, rows):

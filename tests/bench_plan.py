@@ -189,6 +189,8 @@ def read_rows(file):
         with open(file, newline="", encoding="utf-8") as opened:
             reader = csv.DictReader(opened, restval="")
             rows = [{name: (text or "").strip() for name, text in row.items() if name} for row in reader]
+            for row in rows:  # as people write them
+                row |= {name: row[name].lower() or "none" * (name == "offload") for name in KNOWN if name in row}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise cl.UserError(f"--rows {file}: cannot be read ({error})")
     absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]

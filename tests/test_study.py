@@ -222,11 +222,13 @@ def test_how_the_knee_goes_with_the_width_is_told_with_its_interval(tmp_path, mo
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     for seed, shift in ((1, 1.0), (2, 1.1), (3, 1 / 1.1)):
         for width, at in ((64, 6e-4 * shift), (192, 2e-4)):
-            rows = [(width, lr, seed, 500, 0.05, 0.02, 0.05 * (lr / at) ** 2, 0.02) for lr in (1e-4, 3e-4, 9e-4, 27e-4)]
+            rates = (1e-4, 3e-4, 9e-4, 27e-4)
+            rows = [(width, lr, seed, 500, 0.05, 0.02, 0.05 * (lr / at) ** 2, 0.04 * (lr / 3e-4)) for lr in rates]
             study.append_rows(study.table("width"), [dict(zip(study.WIDTH_FIELDS, row)) for row in rows])
-    study.widths()
+    times = study.widths()
     told = capsys.readouterr().out
     assert "is 3.00 times as high (2.37 to 3.80, n 3); by the rule of 1 / width 3.00" in told
+    assert times["away"] == pytest.approx([1, 1, 1, 3])  # where the width does not count
 
 
 @pytest.mark.parametrize("question", study.QUESTIONS)
