@@ -913,7 +913,8 @@ def widths():
         found = width_knees(where)
         for size, of in sorted(found.items()):
             rates = ", ".join(
-                f"{at:.2e} (seed {seed})" if at else f"no rate (seed {seed})" for seed, at in sorted(of.items())
+                f"{at:.2e} (seed {seed})" if at else f"outside the grid (seed {seed})"
+                for seed, at in sorted(of.items())
             )
             print(f"  width {size}: at {rates}")
         narrow, wide = found[min(found)], found[max(found)]

@@ -830,7 +830,14 @@ def test_rows_may_be_written_as_people_write_them(tmp_path):
     from bench_plan import left_out, read_rows
 
     row = next(csv.DictReader((ROOT / "tests/published_memory.csv").open(newline="")))
-    other = {**row, "method": "LoRA", "optimizer": "AdamW", "grad_checkpointing": "No", "offload": "", "weights_dtype": "BF16"}
+    other = {
+        **row,
+        "method": "LoRA",
+        "optimizer": "AdamW",
+        "grad_checkpointing": "No",
+        "offload": "",
+        "weights_dtype": "BF16",
+    }
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, other)
         writer.writeheader()
