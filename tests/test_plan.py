@@ -775,7 +775,7 @@ def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, 
     monkeypatch.setattr(cl, "knobs", lambda config: [])
     monkeypatch.setattr(cl, "measured_rate", lambda *_: 1e11)
     assert cl.main(["--plan", "--lora", "--model", LARGE["2b"]]) == 0
-    printed = capsys.readouterr().out
+    printed = re.sub(r"(?<=\d),(?=\d{3})", "", capsys.readouterr().out)
     flops = float(re.search(r"estimated: (\S+) FLOP", printed)[1])
     here, there = (
         float(re.search(r"a step, (\S+) s at least", printed)[1]),
