@@ -3132,60 +3132,75 @@ def as_if_quantized(model, part, dtype, bits=4):
     return model
 
 
-def once_for_a_size(rehearsal):
-    """Remember what depends on the model and the size of the clips alone: knobs are turned one after another, and it takes seconds."""
-    made = {}
+def once_for(*fields):
+    """Remember a rehearsal by the model and what it depends on of the configuration: knobs are turned one after another."""
 
-    @functools.wraps(rehearsal)
-    def remembered(config, base, card=True):
-        size = config.frames, config.height, config.width
-        model = base.transformer, base.vae, base.text_encoder, base.stored, base.large
-        key = repr((*model, *size, config.compute_dtype, config.quantize_text_encoder, card))
-        if key not in made:
-            made[key] = rehearsal(config, base, card)
-        return made[key]
+    def remembering(rehearsal):
+        made = {}
 
-    return remembered
+        @functools.wraps(rehearsal)
+        def remembered(config, base, card=True):
+            model = base.transformer, base.vae, base.text_encoder, base.stored, base.large
+            key = repr((*model, *(getattr(config, field) for field in fields), card))
+            if key not in made:
+                made[key] = rehearsal(config, base, card)
+            return made[key]
+
+        return remembered
+
+    return remembering
+
+
+SHAPES_SEEN = collections.defaultdict(
+    dict
+)  # method of a VAE, what else it depends on -> what `once_for_a_shape` wrote down
 
 
 @contextlib.contextmanager
-def once_for_a_shape(part, ledger):
-    """Let a part of the VAE, which is run on tile after tile and stretch after stretch, be run once for tensors of the same shapes; after
-    that what it took and gave back is written down again, but not what it computed. What comes out of it must share no memory."""
+def once_for_a_shape(ledger, vae, *methods):
+    """Let methods of a VAE, which it calls for tile after tile and stretch after stretch, be run once for tensors of the same shapes;
+    after that, and for clips of other sizes, what they took and gave back is written down again, but not what they computed. What
+    they return must be what they were given, or share no memory. methods: (object, name)."""
     import torch
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
-    forward, made = part.forward, {}
+    def repeating(method):
+        made = SHAPES_SEEN[repr((method.__qualname__, vae.config, vae.dtype, ledger.card))]
 
-    def repeated(*args, **kwargs):
-        leaves, structure = tree_flatten((args, kwargs))
-        key = structure, *(leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves)
-        if key not in made:
-            start = len(ledger.events)
-            outputs, structure = tree_flatten(forward(*args, **kwargs))
-            stays = {ledger.note(tensor): (k, tensor.shape, tensor.dtype) for k, tensor in enumerate(outputs)}
-            made[key] = ledger.events[start:], stays, structure
-            return tree_unflatten(outputs, structure)
-        events, stays, structure = made[key]
-        copies, outputs = {}, [None] * len(stays)
-        for memory, taken, block in events:
-            if memory in stays:  # the ledger notes a tensor by itself
-                k, shape, dtype = stays[memory]
-                outputs[k] = torch.empty(shape, dtype=dtype)
-            else:
-                if taken:
-                    copies[memory] = dataclasses.replace(memory)
-                ledger.events.append((copies[memory], taken, block))
-        return tree_unflatten(outputs, structure)
+        def repeated(*args, **kwargs):
+            leaves, structure = tree_flatten((args, kwargs))
+            key = structure, *(leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves)
+            if key not in made:
+                start = len(ledger.events)
+                outputs, structure = tree_flatten(method(*args, **kwargs))
+                given = {k: i for k, out in enumerate(outputs) for i, leaf in enumerate(leaves) if leaf is out}
+                stays = {ledger.note(t): (k, t.shape, t.dtype) for k, t in enumerate(outputs) if k not in given}
+                made[key] = ledger.events[start:], given, stays, structure
+                return tree_unflatten(outputs, structure)
+            events, given, stays, structure = made[key]
+            copies, outputs = {}, {k: leaves[i] for k, i in given.items()}
+            for memory, taken, block in events:
+                if memory in stays:  # the ledger notes a tensor by itself
+                    k, shape, dtype = stays[memory]
+                    outputs[k] = torch.empty(shape, dtype=dtype)
+                else:
+                    if taken:
+                        copies[memory] = dataclasses.replace(memory)
+                    ledger.events.append((copies[memory], taken, block))
+            return tree_unflatten([outputs[k] for k in range(len(outputs))], structure)
 
-    part.forward = repeated
+        return repeated
+
+    for owner, name in methods:
+        setattr(owner, name, repeating(getattr(owner, name)))
     try:
         yield
     finally:
-        del part.forward  # which would keep it alive
+        for owner, name in methods:
+            delattr(owner, name)  # which would keep it alive
 
 
-@once_for_a_size
+@once_for("frames", "height", "width", "compute_dtype", "quantize_text_encoder")
 def rehearse_caching(config, base, card):
     """Ledger of the phase "caching": the VAE codes a clip, T5 a prompt, as `cache_clips` does one after another."""
     import torch
@@ -3211,7 +3226,7 @@ def rehearse_caching(config, base, card):
         clip = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
         if base.large:
             tile_beyond_own_size(vae)
-        with once_for_a_shape(vae.encoder, ledger):
+        with once_for_a_shape(ledger, vae, (vae.encoder, "forward"), (vae, "blend_v"), (vae, "blend_h")):
             vae.encode(clip)
         del vae, clip
         take_memory(ledger, text_encoder)
@@ -3350,7 +3365,7 @@ def rehearse(config, base, blocks, card=True, sampling=True):
     return ledger
 
 
-@once_for_a_size
+@once_for("frames", "height", "width", "compute_dtype")
 def rehearse_decoding(config, base, card):
     """Ledger of what sampling does with the VAE: "loading" it, and decoding, which stands under "sampling"."""
     import torch
@@ -3369,7 +3384,7 @@ def rehearse_decoding(config, base, card):
         latents, pipe = torch.empty(shape, dtype=dtype), CogVideoXPipeline(None, None, vae, None, None)
         if base.large:
             vae.enable_tiling()
-        with once_for_a_shape(vae.decoder, ledger):
+        with once_for_a_shape(ledger, vae, (vae.decoder, "forward"), (vae, "blend_v"), (vae, "blend_h")):
             frames = pipe.decode_latents(latents)
         pipe.video_processor.postprocess_video(frames, output_type="pt").float()
     return ledger

@@ -480,7 +480,7 @@ class Bench:
         from accelerate import Accelerator
 
         self.arm, self.seed = arm, seed
-        self.prompts = study_prompts()
+        self.prompts, self.work = study_prompts(), work
         data = of_one_direction(work) if arm.similar else "data_samples/spider"
         prior = str(not_judged(work)) if "prior" in arm.fields else None
         fields = dict(
@@ -493,12 +493,15 @@ class Bench:
         self.cache = cl.cache_clips(config)
         away = dataclasses.replace(config, data=AWAY, clips=None, prior=None)
         self.losses_on = {"concept": self.cache.heldout[:12], "away": cl.cache_clips(away).train[:AWAY_JUDGED]}
-        self.references = references(work)
         self.trainer = cl.Trainer(config, base, self.cache, Accelerator(mixed_precision="no", cpu=True))
         self.began = [p.detach().clone() for p in self.trainer.parameters]
         self.base_norm = math.sqrt(
             sum(float(p.square().sum()) for p in base.load("transformer", torch.float32).parameters())
         )
+
+    @functools.cached_property
+    def references(self):
+        return references(self.work)
 
     def weight_change(self):
         """Norm of what training changed in the weights (of an adapter: of what it adds to them) over the norm of the base."""

@@ -97,4 +97,4 @@ def quick(tiny, clips, tmp_path):
 @pytest.fixture(scope="session")
 def nano_cache(tmp_path_factory):
     """One cache folder for all tests that run the bundled model, so that each clip is coded once."""
-    return str(tmp_path_factory.mktemp("nano-cache"))
+    return str(tmp_path_factory.mktemp("nano") / "cache")

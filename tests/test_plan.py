@@ -432,23 +432,13 @@ def test_a_plan_has_every_phase_in_parts_that_add_up():
     assert set(planned.phases["training"]) - set(alone.phases["training"]) == {"allocator", "context"}
 
 
-def test_what_fits_is_found_by_turning_knobs(midsize, monkeypatch):
-    monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
-    asked = cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2)
-    planned_with = cl.planner(asked)
-    vram = 0.7 * planned_with().peak_gib
-    changes, found = cl.fitting(planned_with, vram)
-    assert changes and found.peak_gib <= vram
-    assert cl.plan(cl.changed(asked, **changes)).peak_gib == found.peak_gib
-
-
 def planned_by(**phases):
     """A `planner` of which each phase needs what a function of the options changed says."""
 
     def planned_with(**changes):
         config = cl.Config(method="lora", model=LARGE["5b"])
         parts = {phase: {"working space": need(changes)} for phase, need in phases.items()}
-        return cl.Plan(config, cl.resolve_plan(config, **changes)[0], parts, 0)
+        return cl.Plan(config, cl.resolve_plan(config, **changes)[0], parts, 1)
 
     return planned_with
 
@@ -486,43 +476,41 @@ def test_a_knob_that_did_not_help_is_tried_again_after_another():
     assert {"frames", "height", "width"} <= set(changes) and found.peak_gib == 6
 
 
-def test_knobs_that_do_not_go_with_what_is_asked_are_passed_over(capsys):
-    """QLoRA, one of the knobs of --full, knows no --l2-to-base; one clip a step cannot be cut in four."""
-    small = ["--frames", "9", "--height", "64", "--width", "64", "--card", "RTX 4090"]
-    for asked in (["--l2-to-base", "0.1"], ["--batch-size", "4", "--micro-batch-size", "4"]):
-        assert cl.main(["--plan", "--full", "--model", LARGE["2b"], *small, *asked]) == 0
-        assert "this fits" in capsys.readouterr().out
+def test_what_does_not_go_with_what_is_asked_is_passed_over(capsys, monkeypatch):
+    """Five clips a step cannot be cut in fours."""
+    small = ["--model", LARGE["2b"], "--frames", "9", "--height", "64", "--width", "64", "--card", "RTX 4090"]
+    monkeypatch.setattr(cl, "knobs", lambda config: [])
+    assert cl.main(["--plan", "--full", *small, "--batch-size", "4", "--micro-batch-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "no gradient checkpointing" in printed and "one more clip" not in printed and "this fits" in printed
+
+
+def test_a_knob_leaves_out_what_goes_only_with_another_method():
+    """QLoRA, one of the knobs of --full, knows no --l2-to-base."""
+    asked = cl.Config(method="full", model=LARGE["2b"], l2_to_base=0.1)
+    assert {"method": "qlora"} in [changes for _, changes in cl.knobs(cl.resolve_plan(asked)[0])]
+    assert cl.resolve_plan(asked, method="qlora")[0].l2_to_base is None
 
 
 def test_what_does_not_fit_is_answered_with_a_command_that_does(midsize, monkeypatch, capsys):
     monkeypatch.setattr(cl, "CONTEXT_GIB", 0)
-    asked = [
-        "--full",
-        "--model",
-        str(midsize),
-        "--frames",
-        "33",
-        "--height",
-        "256",
-        "--width",
-        "256",
-        "--batch-size",
-        "2",
-    ]
-    whole = cl.plan(cl.Config(method="full", model=str(midsize), frames=33, height=256, width=256, batch_size=2))
-    vram = 0.7 * whole.peak_gib
-    assert cl.main(["--plan", *asked, "--vram", str(vram)]) == 0
+    monkeypatch.setattr(cl, "spending", lambda config: [])
+    fields = dict(model=str(midsize), frames=9, height=128, width=128, batch_size=16)
+    vram = 0.7 * cl.plan(cl.Config(method="full", **fields)).peak_gib
+    assert cl.main(["--plan", "--full", *shlex.split(cl.as_options(fields)), "--vram", str(vram)]) == 0
     printed = capsys.readouterr().out
     assert "does not fit in" in printed
     savings = [float(line.split()[0]) for line in printed.splitlines() if line.strip()[:1] in "+-" and " GiB  " in line]
     assert len(savings) > 3 and savings == sorted(savings)  # the largest first
     command = printed.strip().splitlines()[-1].strip().removeprefix("python cogvideo_lite.py ")
-    monkeypatch.setattr(cl, "knobs", lambda config: [])  # the answer is enough
-    assert cl.main(["--plan", *shlex.split(command), "--vram", str(vram)]) == 0
-    assert "does not fit" not in capsys.readouterr().out
+    changed = vars(cl.parser().parse_args(shlex.split(command)))
+    asked = {f.name: changed[f.name] for f in dataclasses.fields(cl.Config) if f.name in changed}
+    assert cl.plan(cl.Config(**asked)).peak_gib <= vram  # the answer is enough
 
 
-def test_a_card_without_bf16_units_is_planned_in_the_arithmetic_that_a_run_takes_there(capsys):
+def test_a_card_without_bf16_units_is_planned_in_the_arithmetic_that_a_run_takes_there(capsys, monkeypatch):
+    monkeypatch.setattr(cl, "knobs", lambda config: [])
+    monkeypatch.setattr(cl, "spending", lambda config: [])
     small = ["--frames", "9", "--height", "64", "--width", "64"]
     for model, dtype in (("5b", "float32"), ("2b", "float16")):
         assert cl.main(["--plan", "--lora", "--model", LARGE[model], *small, "--card", "T4"]) == 0
@@ -773,6 +761,7 @@ def test_the_readme_shows_what_the_command_prints(capsys):
 
 def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, monkeypatch):
     monkeypatch.setattr(cl, "knobs", lambda config: [])
+    monkeypatch.setattr(cl, "spending", lambda config: [])
     monkeypatch.setattr(cl, "measured_rate", lambda *_: 1e11)
     assert cl.main(["--plan", "--lora", "--model", LARGE["2b"]]) == 0
     printed = re.sub(r"(?<=\d),(?=\d{3})", "", capsys.readouterr().out)
@@ -786,6 +775,7 @@ def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, 
 
 
 def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cl, "spending", lambda config: [])
     monkeypatch.chdir(tmp_path)
     assert cl.main(["--plan", "--lora", "--vram", "24", "--card", "RTX 4090"]) == 0
     printed = capsys.readouterr().out

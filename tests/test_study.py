@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,9 +208,10 @@ def test_the_knee_is_where_the_loss_rises_above_the_bases_for_the_first_time_bey
     assert study.knee(rates, [0.9, 0.8, 0.7, 0.6]) is None
 
 
-def test_a_base_of_some_width_is_judged_by_its_losses_before_and_after(tmp_path, monkeypatch):
+def test_a_base_of_some_width_is_judged_by_its_losses_before_and_after(nano_cache, monkeypatch):
     monkeypatch.setattr(study, "WIDTH_STEPS", 2)
-    (row,) = study.run_width((str(NANO), 1e-4, 1, tmp_path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is for one of several processes
+    (row,) = study.run_width((str(NANO), 1e-4, 1, Path(nano_cache).parent))
     assert tuple(row) == study.WIDTH_FIELDS and (row["width"], row["lr"], row["step"]) == (192, 1e-4, 2)
     base = next(c for c in study.checkpoints() if c["arm"] == "base")
     for where in ("concept", "away"):  # what another part of the study has found
