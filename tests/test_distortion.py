@@ -67,6 +67,29 @@ def test_missing_legs_score_higher_the_more_there_are(kumo, clean):
     assert medians == sorted(medians) and medians[1] > medians[0] + 0.5
 
 
+def test_validation_has_a_row_for_each_change_of_a_clip(kumo, monkeypatch):
+    reference, heldout, masks, scenes = kumo
+    monkeypatch.setattr(study, "DISTORTIONS", {"grid": study.DISTORTIONS["grid"]})
+    monkeypatch.setattr(study, "HARMLESS", {"zoom": study.HARMLESS["zoom"]})
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is for one of several processes
+    study.begin_validating(reference)
+    rows = study.changes_judged(3, heldout[0], masks[0], scenes[[0]])
+    assert [(row["change"], row["strength"]) for row in rows] == [
+        ("clean", 0), ("zoom", 0), *(("grid", k) for k in range(1, 6)), *(("legs dropped", k) for k in range(1, 6)),
+    ]  # fmt: skip
+    assert {row["clip"] for row in rows} == {3} and rows[0]["score"] < rows[6]["score"]
+
+
+def test_fresh_clips_for_validation_are_kumo_where_no_bundled_clip_has_it(kumo):
+    reference, heldout, masks, scenes = study.concept_world(3, seed=11)
+    assert [clip.shape for clip in heldout] == [(17, 3, 64, 64)] * 3 and masks.shape == (3, 17, 64, 64)
+    assert set(scenes.species) == {"kumo"} and len(reference) == 48
+    known = [make_samples.read_scenes(ROOT / "data_samples" / name).motion for name in ("spider", "spider-heldout")]
+    assert not torch.isin(scenes.motion, torch.cat(known)).any()
+    again = study.concept_world(3, seed=11)[3]
+    assert torch.equal(again.motion, scenes.motion) and again.ground == scenes.ground
+
+
 @pytest.mark.parametrize("name", study.HARMLESS)
 def test_a_harmless_change_moves_the_median_by_less_than_a_tenth_of_what_distortions_do(kumo, clean, distorted, name):
     changed = [total(cl.distortion(study.HARMLESS[name](clip), kumo[0])) for clip in kumo[1]]

@@ -33,6 +33,25 @@ def test_a_comparison_changes_one_thing_of_the_case_on_record():
         assert sum(full.get(k) != v for k, v in changed.items()) == 1
 
 
+def test_the_tables_hold_each_arm_with_the_seeds_that_one_command_would_run():
+    found = {}
+    for row in study.read_table(study.table("runs")):
+        found.setdefault(row["arm"], set()).add(row["seed"])
+    assert found.pop("base") == {0}
+    assert found == {name: set(arm.seeds) for name, arm in study.study_arms().items()}
+
+
+def test_one_command_remakes_all_and_runs_nothing_that_the_tables_hold(tmp_path, monkeypatch, capsys):
+    began = []
+    for step in set(study.ALL) - {"run", "alarm"}:  # those two look into the tables first
+        monkeypatch.setattr(study, step, lambda *_, step=step: began.append(step))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is for one of several processes
+    study.main(["all", "--work", str(tmp_path), "--jobs", "1"])
+    told = capsys.readouterr().out
+    assert began == [step for step in study.ALL if step not in ("run", "alarm")]
+    assert "all runs are in the tables" in told and "full 2e-3" in told.partition("alarm")[2]
+
+
 def test_rows_are_added_to_a_table_whole_and_read_back_as_numbers(tmp_path):
     path = tmp_path / "table.csv"
     study.append_rows(path, [{"arm": "a", "seed": 1, "score": 0.123456789}])
