@@ -1744,6 +1744,7 @@ def main(argv=None):
         "answers": lambda: answers(args.questions),
         "agreement": agreement,
     }
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes to come: numpy's threads, too, would wait for one another
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
     torch.set_num_threads(1)
     cl.quiet_libraries()
