@@ -364,15 +364,19 @@ QUESTIONS = {
     9: "which remedy rescues a ruined run?", 10: "which cheap number warns first?",
 }  # fmt: skip
 SEEDS = (1, 2, 3)
-# More of them for the first three questions, whose arms most claims are about, and for claims that were put after a look at three or
-# four seeds, so that new ones can try them.
-SEEDS_OF_THE_FIRST = (1, 2, 3, 4, 5, 6, 7)
-SEEDS_TO_TRY_AGAIN = (1, 2, 3, 5, 6, 7)
-TRIED_AGAIN = (
-    "full 2e-3 back", "lora 2e-3 back", "full 6e-4 clipping 1", "lora 2e-3 200 clips", "lora 2e-3 similar clips",
-    "lora 6e-4 alpha 1", "lora 2e-3 alpha 1", "lora 6e-3 alpha 1",
-    "lora 2e-3 rank 4 alpha 4", "lora 2e-3 rank 8 alpha 8", "lora 2e-3 rank 128 alpha 128",
-)  # fmt: skip
+MORE_SEEDS = {
+    # for the first three questions, whose arms most claims are about
+    (1, 2, 3, 4, 5, 6, 7): (
+        "full 2e-5", "full 1e-4", "full 2e-4", "full 6e-4", "full 2e-3", "full 6e-3",
+        "lora 2e-4", "lora 6e-4", "lora 2e-3", "lora 6e-3", "lora 2e-2", "lora 2e-3 as on record",
+    ),
+    # for claims that were put after a look at three or four seeds, so that new ones can try them
+    (1, 2, 3, 5, 6, 7): (
+        "full 2e-3 back", "lora 2e-3 back", "full 6e-4 clipping 1", "lora 2e-3 200 clips", "lora 2e-3 similar clips",
+        "lora 6e-4 alpha 1", "lora 2e-3 alpha 1", "lora 6e-3 alpha 1",
+        "lora 2e-3 rank 4 alpha 4", "lora 2e-3 rank 8 alpha 8", "lora 2e-3 rank 128 alpha 128",
+    ),
+}  # fmt: skip
 # What the case on record trained with (CogVideo#116): 50 clips, one at a time, both methods at the same rate. 2e-4 for a model
 # ten times as wide is 2e-3 here (arXiv 2203.03466). AdamW's betas are 0.9 and 0.95 in cogvideo_lite as there.
 CASE = dict(
@@ -386,8 +390,9 @@ LONG = (6000, 10_000, 20_000)  # of arms that go on: runs of their own, since a 
 # Clips of other things; so many of them, the first, are what `loss_away` is measured on.
 AWAY, AWAY_JUDGED = "data_samples/away", 12
 PRIOR = dict(prior=AWAY)  # all but those
-FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3)
+FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+NEAR_THE_KNEE = ("full 6e-4", "lora 6e-3")  # the last sound rates: does a run there go bad with more steps?
 SAMPLING_SEED, SAMPLED_FRAMES = 1000, slice(None, None, 4)  # the truth is read from every fourth frame
 
 
@@ -404,9 +409,7 @@ class Arm:
 
     @property
     def seeds(self):
-        if self.name in TRIED_AGAIN:
-            return SEEDS_TO_TRY_AGAIN
-        return SEEDS_OF_THE_FIRST if {1, 2, 3} & set(self.questions) and self.at[-1] < LONG[0] else SEEDS
+        return next((seeds for seeds, names in MORE_SEEDS.items() if self.name in names), SEEDS)
 
     @property
     def cost(self):  # in steps of one clip
@@ -466,10 +469,15 @@ def study_arms():
         "prior": PRIOR,
     }.items():  # fmt: skip
         arm(f"full 6e-4 {name}", (9,), lr=6e-4, **FULL | change)
-    for name, change in {"ema 0.99": dict(ema=0.99), "l2 to base 10": dict(l2_to_base=10.0), "prior": PRIOR}.items():
+    for name, change in {
+        "ema 0.99": dict(ema=0.99), "l2 to base 10": dict(l2_to_base=10.0), "prior": PRIOR,
+        "no caption dropout": dict(caption_dropout=0.0), "caption dropout 0.3": dict(caption_dropout=0.3),
+    }.items():  # fmt: skip
         arm(f"full 2e-3 {name}", (9,), lr=2e-3, **FULL | change)
-    for name in ("lora 2e-3 as on record", "lora 2e-3", "full 1e-4"):
-        arms[f"{name} long"] = dataclasses.replace(arms[name], name=f"{name} long", questions=(2,), at=LONG)
+    further = {name: LONG for name in ("lora 2e-3 as on record", "lora 2e-3", "full 1e-4")}
+    further |= {name: EVERY[3:] for name in NEAR_THE_KNEE}
+    for name, at in further.items():
+        arms[f"{name} long"] = dataclasses.replace(arms[name], name=f"{name} long", questions=(2,), at=at)
     return arms
 
 
@@ -709,7 +717,7 @@ def run_study(work, only, questions, seeds, jobs, hours):
         if (not only or a.name in only) and (not questions or set(questions) & set(a.questions))
     ]
     todo = [("base", 0, work)] if ("base", 0) not in done else []
-    for seed in seeds or SEEDS_OF_THE_FIRST:
+    for seed in seeds or range(1, 8):
         mine = [a for a in wanted if seeds or seed in a.seeds]
         todo += [(a.name, seed, work) for a in mine if (a.name, seed) not in done]
     cost = {name: arm.cost for name, arm in arms.items()} | {"base": 250}
@@ -743,33 +751,64 @@ def run_study(work, only, questions, seeds, jobs, hours):
 
 
 ALARM_SEEDS, ALARM_LOOKS = (11, 12, 13, 14), (10, 15, 20, 25, 30, 40, 50)
+ALARM_DRAWN = (30,)  # looks at which clips are drawn and judged, too, to see whether they show it by then
 BENT = (
     "full 2e-3 batch 4",
     "full 2e-4 lion8bit",
     "lora 6e-3 alpha 64",
 )  # distorted after 500 steps with a loss near or below the base's
+ALARM_NUMBERS = {  # that a run could be warned by
+    "ratio": "held-out loss of the concept over the base's", "ratio_away": "loss on what the base knew over the base's",
+    "batch_loss": "mean batch loss since the look before", "grad_norm": "gradient's norm", "update_ratio": "update over weights",
+    "weight_change": "change of the weights", "score_away": "distortion of clips, away", "score_concept": "distortion of clips, concept",
+}  # fmt: skip
 
 
-def alarm(work):
-    """The loss on a few held-out clips in the first steps, over that of the untrained base, at all rates of question 3, and in the arms
-    of BENT, with seeds of its own; adds to results/study_alarm.csv what is not in it yet, a row a look."""
+def run_alarm(job):
+    """Rows of ALARM_NUMBERS at each look in the first steps of an (arm, seed)."""
+    name, seed, work = job
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    cl.quiet_libraries()
+    bench = Bench(dataclasses.replace(study_arms()[name], at=ALARM_LOOKS), seed, work)
+    trainer, rows, since = bench.trainer, [], []
+    few = {
+        "ratio": trainer.cache.heldout[: cl.WATCHED_CLIPS],
+        "ratio_away": bench.losses_on["away"][: cl.WATCHED_CLIPS],
+    }
+    before = {name: trainer.heldout_loss(those) for name, those in few.items()}
+    for step in range(ALARM_LOOKS[-1]):
+        metrics = trainer.step(step)
+        since.append(metrics["loss"])
+        if step + 1 in ALARM_LOOKS:
+            row = {"arm": name, "seed": seed, "step": step + 1}
+            row |= {number: trainer.heldout_loss(those) / before[number] for number, those in few.items()}
+            row |= {"batch_loss": statistics.fmean(since), "grad_norm": metrics["grad_norm"]}
+            row |= {"update_ratio": metrics["update_ratio"], "weight_change": "", "score_away": "", "score_concept": ""}
+            with trainer.judged(), torch.no_grad():
+                row["weight_change"] = bench.weight_change()
+            if step + 1 in ALARM_DRAWN:
+                clips = bench.judge(step + 1)[0]
+                row |= {
+                    f"score_{w}": statistics.fmean(c["score"] for c in clips if c["set"] == w) for w in bench.losses_on
+                }
+            rows.append(row)
+            since = []
+    return rows
+
+
+def alarm(work, jobs):
+    """What a run could be warned by, in its first steps: at all rates of question 3, and in the arms of BENT, with seeds of its own; adds
+    to results/study_alarm.csv what is not in it yet, a row a look."""
     done = {(row["arm"], row["seed"]) for row in read_table(table("alarm"))}
-    arms = [
-        dataclasses.replace(arm, at=ALARM_LOOKS)
-        for arm in study_arms().values()
-        if 3 in arm.questions or arm.name in BENT
-    ]
-    todo = [(arm, seed) for arm in arms for seed in ALARM_SEEDS if (arm.name, seed) not in done]
-    for arm, seed in tqdm(todo, desc="alarm", unit="run"):
-        trainer, rows = Bench(arm, seed, work).trainer, []
-        few = trainer.cache.heldout[: cl.WATCHED_CLIPS]
-        before = trainer.heldout_loss(few)
-        for step in range(arm.at[-1]):
-            metrics = trainer.step(step)
-            if step + 1 in arm.at:
-                found = {"ratio": trainer.heldout_loss(few) / before, "update_ratio": metrics["update_ratio"]}
-                rows.append({"arm": arm.name, "seed": seed, "step": step + 1, **found})
-        append_rows(table("alarm"), rows)
+    arms = [arm.name for arm in study_arms().values() if 3 in arm.questions or arm.name in BENT]
+    todo = [(name, seed, work) for name in arms for seed in ALARM_SEEDS if (name, seed) not in done]
+    if todo:  # clips and prompts are coded once, before two processes would do it at a time
+        Bench(study_arms()[todo[0][0]], ALARM_SEEDS[0], work)
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = [pool.submit(run_alarm, job) for job in todo]
+        for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="alarm", unit="run"):
+            append_rows(table("alarm"), run.result())
     alarms()
 
 
@@ -1734,7 +1773,7 @@ def main(argv=None):
         "validate": lambda: validate(args.clips, worlds, args.fresh, jobs),
         "run": lambda: run_study(work, args.only, args.questions, args.seeds, jobs, args.hours),
         "rejudge": lambda: rejudge(work, jobs),
-        "alarm": lambda: alarm(work),
+        "alarm": lambda: alarm(work, jobs),
         "style": lambda: style(work, seeds, jobs),
         "width": lambda: width(work, args.other, seeds, jobs),
         "captions": lambda: captions(work),
@@ -1744,7 +1783,9 @@ def main(argv=None):
         "answers": lambda: answers(args.questions),
         "agreement": agreement,
     }
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes to come: numpy's threads, too, would wait for one another
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # of processes to come, numpy's threads too: they would wait for one another
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
     torch.set_num_threads(1)
     cl.quiet_libraries()
