@@ -31,6 +31,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -148,12 +149,12 @@ NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scal
 LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
 NANO_LORA = dict(
     NANO, lr=2e-3, optimizer="adamw",
-    source="the lowest held-out loss of five rates after 500 steps of one clip each, and of three after 400 of four each "
+    source="lr: the lowest held-out loss of five after 500 steps of one clip each, and of three after 400 of four each "
     "(notebooks/study.py results --questions 3 6)",
 )  # fmt: skip
 LARGE_LORA = dict(
     LARGE, lr=1e-4, optimizer="adamw",
-    source="1e-4..1e-3 of CogVideo#116, from below; 1500-2000 steps for 50 clips in diffusers' CogVideoX example",
+    source="lr: 1e-4..1e-3 of CogVideo#116, from below; steps: 1500-2000 for 50 clips in diffusers' CogVideoX example",
 )  # fmt: skip
 LION = 5  # AdamW's rate over one of Lion's that does as much
 RECIPES = {
@@ -161,15 +162,15 @@ RECIPES = {
     ("nano", "qlora"): NANO_LORA,
     ("nano", "full"): dict(
         NANO, lr=1e-4, optimizer="adamw",
-        source="the lowest held-out loss of six rates after 500 steps of one clip each, and of three after 400 of four each "
+        source="lr: the lowest held-out loss of seven after 500 steps of one clip each, and of three after 400 of four each "
         "(notebooks/study.py results --questions 3 6)",
     ),
     ("large", "lora"): LARGE_LORA,
     ("large", "qlora"): LARGE_LORA,
     ("large", "full"): dict(
         LARGE, lr=1e-5, optimizer="adafactor",
-        source="1e-5 of CogVideo#116, and a tenth of the nano's, which is a tenth as wide (arXiv 2203.03466); factored states, "
-        "since a 5B model's do not fit 24 GB otherwise",
+        source="lr: 1e-5 of CogVideo#116 (a tenth of the nano's, too, as muP would have it, which did not hold between two small "
+        "bases: sweep); optimizer: a 5B model's states do not fit 24 GB otherwise",
     ),
 }  # fmt: skip
 
@@ -507,7 +508,7 @@ class Base:
 
 def find_base(model, weights=True):
     """Base of a local pipeline folder or of a Hub id (downloaded once, without pickled weights, or without any). Raises UserError."""
-    folder = resolve_path(model)
+    folder, model = resolve_path(model), model.rstrip("/") or model
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
             raise UserError(
@@ -1797,6 +1798,27 @@ def shake(flows, grid):
     return np.array(found)
 
 
+LEAST_PX = 16  # of a side of a clip that can be measured
+
+
+def as_clip(clip):
+    """A clip as an array (F, 3, H, W) float32 in [0, 1]; what is no number is black. Raises UserError where it is none."""
+    import numpy as np
+
+    if hasattr(clip, "detach"):
+        clip = clip.detach().cpu()
+        clip = (clip.float() if clip.is_floating_point() else clip).numpy()
+    clip = np.asarray(clip)
+    if clip.ndim != 4 or clip.shape[1] != 3 or min(clip.shape[2:]) < LEAST_PX or clip.dtype.kind != "f":
+        shape = " x ".join(map(str, clip.shape)) or "a number"
+        raise UserError(
+            f"distortion: a clip must be frames x 3 x height x width of floats from 0 to 1, {LEAST_PX} px or more a side, not {shape} of {clip.dtype}"
+        )
+    if len(clip) < 2:
+        raise UserError("distortion: needs clips of at least 2 frames")
+    return np.nan_to_num(clip.astype(np.float32)).clip(0, 1)
+
+
 def measure(clip):
     """All that is measured of one clip (F, C, H, W): a dict of MOTION's values and `flicker`, some for each pair of frames, of SHAPE's, of
     `pattern`, `grid` and `lines`, of the number of `frames`, and of COMPANIONS. `why` lists what could not be measured.
@@ -1804,9 +1826,7 @@ def measure(clip):
     import cv2
     import numpy as np
 
-    if len(clip) < 2:
-        raise UserError("distortion: needs clips of at least 2 frames")
-    clip = np.nan_to_num(np.asarray(clip, dtype=np.float32)).clip(0, 1)
+    clip = as_clip(clip)
     video, contrast, spread = scaled_for_measuring(clip)
     grid = pixel_grid(*contrast.shape[1:])
     flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -1839,6 +1859,8 @@ def measure(clip):
     planes = video @ np.float32(TO_LUMA_CHROMA) / spread
     out["pattern"], out["flicker"], out["wobble"] = surroundings(planes, masks, ahead, grid)
     out["shake"] = shake([flow for flow, _ in ahead], grid)
+    if not len(out["shake"]):
+        why.append("two frames: shaking not judged")
     edges = np.abs(np.diff(contrast.astype(np.float32), axis=2))
     out["sharpness"] = float(np.percentile(edges, 99))
     colourful = video.max(-1) - video.min(-1)
@@ -1959,15 +1981,20 @@ def distortion(clip, reference):
 
 def similarity(clips):
     """How alike some clips are that should differ, such as those of different prompts: the mean correlation over all pairs, at 8
-    moments and 16 x 16 px. 1: all the same, as where a model has memorised one clip. clips: at least 2, each (F, C, H, W)."""
+    moments and 16 x 16 px. 1: all the same, as where a model has memorised one clip. Clips of one colour throughout, which correlate
+    with nothing, are like each other and unlike all else. clips: at least 2, each (F, C, H, W)."""
     import numpy as np
     import torch
 
-    small = [
-        torch.nn.functional.interpolate(clip.float().transpose(0, 1)[None], size=(8, 16, 16), mode="area").flatten()
-        for clip in clips
-    ]
-    return float(np.corrcoef(torch.stack(small).numpy())[np.triu_indices(len(small), 1)].mean())
+    clips = [torch.nan_to_num(clip.float()).transpose(0, 1)[None] for clip in clips]
+    small = [torch.nn.functional.interpolate(clip, size=(8, 16, 16), mode="area").flatten() for clip in clips]
+    apart = torch.stack(small).numpy().astype(np.float64)
+    apart -= apart.mean(1, keepdims=True)
+    lengths = np.linalg.norm(apart, axis=1)
+    plain = lengths < 1e-6
+    apart /= np.where(plain, 1, lengths)[:, None]
+    alike = apart @ apart.T + np.outer(plain, plain)
+    return float(alike[np.triu_indices(len(small), 1)].mean())
 
 
 REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
@@ -2021,30 +2048,54 @@ def run_references(config):
     return {prompt: found[folder] for prompt, folder in prompts.items()}
 
 
-def judge_samples(folder, references):
+def concept_truth(config):
+    """Of a run on the bundled clips, whose renderer knows what its concept looks like: the module that does (`concept_score`, and the
+    name in `CONCEPT`). None for other clips: of these, the held-out loss tells whether they were learned."""
+    if resolve_path(config.data) != HERE / "data_samples/spider":
+        return None
+    spec = importlib.util.spec_from_file_location("make_samples", HERE / "data_samples/make_samples.py")
+    truth = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("make_samples", truth)  # dataclasses look their module up
+    spec.loader.exec_module(truth)
+    return truth
+
+
+def judge_samples(folder, references, truth=None):
     """Write samples/distortion.json: a row a validation prompt, with the fields of Distortion for "before" and "after", or
-    null where it has no reference. Returns the rows."""
+    null where it has no reference, and with `concept` by the truth, if there is one. Returns the rows."""
+    import torch
+
     rows = []
     for k, (prompt, reference) in enumerate(references.items()):
+        clips = {when: read_video(folder / f"samples/{when}-{k}.mp4") for when in ("before", "after")}
         rows.append({"prompt": prompt})
-        for when in ("before", "after"):
-            clip = read_video(folder / f"samples/{when}-{k}.mp4") if reference else None
+        for when, clip in clips.items():
             rows[-1][when] = dataclasses.asdict(distortion(clip, reference)) if reference else None
+        if truth:
+            with torch.no_grad():  # of every fourth frame, which tells as much
+                rows[-1]["concept"] = {when: truth.concept_score(clip[::4]) for when, clip in clips.items()}
     write_json(folder / "samples/distortion.json", rows)
     return rows
 
 
-def judged_summary(folder, references):
+def judged_summary(folder, config, references):
     """Judge a run's samples; returns what of it belongs into its summary: medians over the prompts."""
-    judged = [row for row in judge_samples(folder, references) if row["after"]]
-    found = {}
+    truth, found = concept_truth(config), {}
+    rows = judge_samples(folder, references, truth)
+    judged = [row for row in rows if row["after"]]
     for when in ("before", "after"):
         if judged:
             found[f"distortion_{when}"] = statistics.median(row[when]["score"] for row in judged)
-            found[f"motion_{when}"] = statistics.median(row[when]["speed"] for row in judged)
+            for name in COMPANIONS:
+                called = "motion" if name == "speed" else name
+                found[f"{called}_{when}"] = statistics.median(row[when][name] for row in judged)
         if len(references) > 1:
             clips = [read_video(folder / f"samples/{when}-{k}.mp4") for k in range(len(references))]
             found[f"similarity_{when}"] = similarity(clips)
+        for where, asked in (("concept", True), ("concept_unasked", False)):
+            of = [row["concept"][when] for row in rows if truth and (truth.CONCEPT in row["prompt"].split()) == asked]
+            if of:
+                found[f"{where}_{when}"] = statistics.median(of)
     return found
 
 
@@ -2339,7 +2390,7 @@ def train(config, callbacks=()):
         "peak_memory_gib": peak_memory_gib(),
     }
     write_json(folder / "summary.json", summary)  # the run is finished, whatever comes of judging it
-    summary |= judged_summary(folder, references)
+    summary |= judged_summary(folder, config, references)
     write_json(folder / "summary.json", summary)
     write_model_card(folder, config, base, summary, list(cache.prompts))
     return Run(folder, config, summary, history)
@@ -2473,6 +2524,16 @@ pipe.load_lora_weights(".")  # this folder; alpha is stored with the weights"""
             if "distortion_after" in summary
             else []
         ),
+        *(
+            [
+                (
+                    "concept score of samples before, after",
+                    f"{summary['concept_before']:.2f}, {summary['concept_after']:.2f}",
+                )
+            ]
+            if "concept_after" in summary
+            else []
+        ),
         ("time, peak memory", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"),
     ]
     (folder / "README.md").write_text(
@@ -2514,8 +2575,12 @@ def load_run(folder):
         raise UserError(f"run '{folder}': no config.json there; give the folder of a run")
     if not (folder / "summary.json").exists():
         raise UserError(f"run '{folder}': not finished; finish it with --METHOD --resume --out {folder}")
-    summary = json.loads((folder / "summary.json").read_text())
-    return Run(folder, load_config(folder / "config.json"), summary, read_metrics(folder / "metrics.jsonl"))
+    config = load_config(folder / "config.json")
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return Run(folder, config, summary, read_metrics(folder / "metrics.jsonl"))
+    except ValueError as error:  # no JSON, or cut short
+        raise UserError(f"run '{folder}': its summary.json or metrics.jsonl cannot be read ({error})")
 
 
 def blend(run, share, out=None):
@@ -2557,7 +2622,7 @@ def blend(run, share, out=None):
     for k in range(len(references)):
         shutil.copy(run.folder / f"samples/before-{k}.mp4", out / "samples")
     save_samples(out / "samples", "after", sample(out, list(references), seed=0), list(references), config.fps)
-    summary |= judged_summary(out, references)
+    summary |= judged_summary(out, config, references)
     write_json(out / "summary.json", summary)
     return Run(out, config, summary, [])
 
@@ -2572,24 +2637,41 @@ def compare(runs, out=None):
         names = [str(run.folder) for run in runs]
     configs = [dataclasses.asdict(run.config) for run in runs]
     differing = [k for k in configs[0] if k != "out" and len({json.dumps(c[k]) for c in configs}) > 1]
-    shown = ("steps", "heldout_before", "heldout_after", "distortion_before", "distortion_after", "motion_before", "motion_after",
-             "similarity_before", "similarity_after", "seconds", "peak_memory_gib")  # fmt: skip
+    pairs = ("heldout", "concept", "concept_unasked", "distortion", "motion", *COMPANIONS[1:], "similarity")
+    shown = [
+        "steps",
+        *(f"{name}_{when}" for name in pairs for when in ("before", "after")),
+        "seconds",
+        "peak_memory_gib",
+    ]
     tables = [(name, [c.get(name) for c in configs]) for name in differing]
-    tables += [(name, [run.summary.get(name) for run in runs]) for name in shown]
+    tables += [
+        (name, [run.summary.get(name) for run in runs]) for name in shown if any(name in r.summary for r in runs)
+    ]
 
-    prompts = {}  # prompt -> one cell a column, the first that of the base: (label, video file, Distortion or None)
+    bases = list(dict.fromkeys(run.config.model for run in runs))
+    prompts = {}  # prompt -> one cell a column, those of the bases first: (label, video file, Distortion or None, concept score or None)
     for column, run in enumerate(runs):
         judged = run.folder / "samples/distortion.json"
         if not judged.exists():
             raise UserError(
                 f"run '{run.folder}': its samples were not judged; finish it with --METHOD --resume --out {run.folder}"
             )
-        for k, row in enumerate(json.loads(judged.read_text())):
-            cells = prompts.setdefault(row["prompt"], [None] * (1 + len(runs)))
-            for at, when, name in ((0, "before", f"before ({names[column]})"), (column + 1, "after", names[column])):
-                found = Distortion(**row[when]) if row[when] else None
-                cells[at] = cells[at] or (name, run.folder / f"samples/{when}-{k}.mp4", found)
+        try:
+            for k, row in enumerate(json.loads(judged.read_text())):
+                cells = prompts.setdefault(row["prompt"], [None] * (len(bases) + len(runs)))
+                before = bases.index(run.config.model), "before", f"before ({names[column]})"
+                for at, when, name in (before, (len(bases) + column, "after", names[column])):
+                    found = Distortion(**row[when]) if row[when] else None
+                    file, concept = run.folder / f"samples/{when}-{k}.mp4", row.get("concept", {}).get(when)
+                    cells[at] = cells[at] or (name, file, found, concept)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{judged}: not what this version writes ({error}); judge the run anew with --blend {run.folder} 1"
+            )
     out = Path(out).expanduser() if out else Path(f"runs/compare-{datetime.datetime.now():%Y%m%d-%H%M%S}.html")
+    if out.is_dir():
+        raise UserError(f"--out '{out}': a folder; --compare writes one HTML file")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(comparison_page(names, tables, prompts, curves(names, runs)), encoding="utf-8")
@@ -2615,9 +2697,11 @@ def curves(names, runs):
             values = [m[key] for m in run.metrics]
             means = [mean(values[max(0, i - width) : i + 1]) for i in range(len(values))]
             panel.plot(steps, means, label=name, linewidth=1)
-        measured = [(0, run.summary["heldout_before"])]
+        measured = [(0, run.summary["heldout_before"])] if "heldout_before" in run.summary else []
         measured += [(m["step"], m["heldout_loss"]) for m in run.metrics if "heldout_loss" in m]
-        panels[1].plot(*zip(*measured), marker="o", markersize=3, linewidth=1)
+        panels[1].plot(
+            [step for step, _ in measured], [loss for _, loss in measured], marker="o", markersize=3, linewidth=1
+        )
     for panel, title in zip(panels, ("training loss (running mean)", "held-out loss", "update ratio")):
         panel.set(title=title, xlabel="step")
         panel.set_yscale("log")
@@ -2642,7 +2726,7 @@ def comparison_page(names, tables, prompts, svg):
     def clip(cell):
         if cell is None:
             return "<div class=clip>not sampled</div>"
-        name, file, found = cell
+        name, file, found, concept = cell
         data = base64.b64encode(file.read_bytes()).decode()
         told = "not judged: too few real clips to compare with"
         if found:
@@ -2651,6 +2735,8 @@ def comparison_page(names, tables, prompts, svg):
                 f"<br>of real clips': speed {found.speed:.2f}, sharpness {found.sharpness:.2f}, saturation {found.saturation:.2f}, "
                 f"grid {found.grid:.2f}" + "".join(f"<br>{escape(why)}" for why in found.unjudged)
             )
+        if concept is not None:
+            told += f"<br><b>concept score {concept:.2f}</b>"
         video = f'<video muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
         return f"<div class=clip><div class=name>{escape(name)}</div>{video}<div class=told>{told}</div></div>"
 
@@ -2680,11 +2766,15 @@ clips: scores of runs on other data are in other units.</p>
 {rows}
 <script>
 const videos = [...document.querySelectorAll("video")], play = document.getElementById("play"), at = document.getElementById("at");
-const lead = videos[0];
+const lead = videos[0], speed = document.getElementById("speed");
 let running = true;
-function follow() {{
+function follow() {{  // clips of other lengths keep step by their share of the way
   if (lead.duration) {{
-    for (const v of videos) if (v !== lead && Math.abs(v.currentTime - lead.currentTime) > 0.07) v.currentTime = lead.currentTime;
+    for (const v of videos) if (v !== lead && v.duration) {{
+      const there = lead.currentTime / lead.duration * v.duration;
+      v.playbackRate = speed.value / 100 * v.duration / lead.duration;
+      if (Math.abs(v.currentTime - there) > 0.07) v.currentTime = there;
+    }}
     if (running) at.value = 1000 * lead.currentTime / lead.duration;
   }}
   requestAnimationFrame(follow);
@@ -2692,7 +2782,7 @@ function follow() {{
 function set(on) {{ running = on; play.textContent = on ? "pause" : "play"; for (const v of videos) on ? v.play() : v.pause(); }}
 play.onclick = () => set(!running);
 at.oninput = () => {{ set(false); for (const v of videos) v.currentTime = at.value / 1000 * v.duration; }};
-document.getElementById("speed").oninput = e => {{ for (const v of videos) v.playbackRate = e.target.value / 100; }};
+speed.oninput = () => {{ lead.playbackRate = speed.value / 100; }};
 set(true); follow();
 </script></html>
 """
@@ -3656,7 +3746,9 @@ def plan_command(config, vram=None, card=None):
     def tight(found):
         if found.peak_gib <= (1 - TIGHT) * vram or found.peak_gib > vram:
             return ""
-        return f"; tight, since predictions were up to {100 * TIGHT:.0f} % below measured peaks"
+        return (
+            f"; tight, since predictions of training and sampling were up to {100 * TIGHT:.0f} % below measured peaks"
+        )
 
     def command(changes):
         wanted = dataclasses.asdict(changed(config, **changes))
@@ -3844,6 +3936,12 @@ def report(run):
     if "distortion_after" in s:
         print(f"distortion of the samples {s['distortion_before']:.2f} -> {s['distortion_after']:.2f} (0: like real clips), "
               f"speed of their subjects {s['motion_before']:.2f} -> {s['motion_after']:.2f} of real ones'")  # fmt: skip
+        print("beside it, of real clips': " + ", ".join(
+              f"{name} {s[f'{name}_before']:.2f} -> {s[f'{name}_after']:.2f}" for name in COMPANIONS[1:])
+              + (f"; likeness of the samples {s['similarity_before']:.2f} -> {s['similarity_after']:.2f}" if "similarity_after" in s else ""))  # fmt: skip
+    for where, asked in (("concept", "where it is asked for"), ("concept_unasked", "where not")):
+        if f"{where}_after" in s:
+            print(f"concept score {asked} {s[f'{where}_before']:.2f} -> {s[f'{where}_after']:.2f}")
     print(f"see {run.folder / 'samples' / 'contact_sheet.png'}")
     return run.folder
 

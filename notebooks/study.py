@@ -1,9 +1,10 @@
 """The long studies behind the lessons, each remade by one command, each writing to notebooks/results/.
 
     python notebooks/study.py validate      is the distortion score right? synthetic distortions of known size    (9 minutes)
-    python notebooks/study.py run           a grid of fine-tunes of the nano base, three seeds each               (hours)
+    python notebooks/study.py fresh         the same on clips drawn anew, that the score cannot have been fitted to (15 minutes)
+    python notebooks/study.py run           a grid of fine-tunes of the nano base, three to seven seeds each      (hours)
     python notebooks/study.py rejudge       scores the clips of those models anew, after a change of the score            (2 s a model)
-    python notebooks/study.py alarm         does a held-out loss above the base's tell early which runs will be ruined?   (10 minutes)
+    python notebooks/study.py alarm         which number tells early which runs will be ruined?                    (20 minutes)
     python notebooks/study.py style         how many steps does a style take, by LoRA and by full fine-tuning?     (20 minutes)
     python notebooks/study.py width         does the knee of full fine-tuning go with 1 / width? (needs a base of another width)      (20 minutes)
     python notebooks/study.py captions      which parts of its caption does each clip away from the concept show?  (5 s a model)
@@ -14,8 +15,8 @@
     python notebooks/study.py agreement     do the distortion score and the renderer's truth agree on what it made?
     python notebooks/study.py all           all of these but `rejudge`, one after the other                        (hours)
 
-`run` can be stopped at any time; the same command goes on. What is in results/ already is not run again: without that folder all of
-it is.
+`run` can be stopped at any time; the same command goes on. What runs have put into results/ is not run again: without that folder all is.
+`width` asks for a base of another width in --other, which `data_samples/make_samples.py base --heads 1 --model FOLDER` trains (40 minutes).
 
 Letters in shapes: F frames, C channels, H height, W width.
 """
@@ -298,9 +299,12 @@ def changes_judged(number, clip, masks, scene):
     return rows
 
 
+FRESH_SCENES = 2026  # a seed that nothing else was drawn from
+
+
 def validate(clips, worlds, seed, jobs):
     """Score every change of held-out clips; writes results/validation.csv, one row a clip and change. Prints the verdicts. With a
-    seed, of clips that are drawn from it, which the score cannot have been fitted to; writes results/validation_fresh.csv."""
+    seed, of clips that are drawn from it, which the score cannot have been fitted to, to results/validation_fresh.csv."""
     rows = []
     for where in worlds:
         reference, heldout, masks, scenes = WORLDS[where](clips, seed)
@@ -392,7 +396,7 @@ AWAY, AWAY_JUDGED = "data_samples/away", 12
 PRIOR = dict(prior=AWAY)  # all but those
 FULL_RATES = (2e-5, 1e-4, 2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
-NEAR_THE_KNEE = ("full 6e-4", "lora 6e-3")  # the last sound rates: does a run there go bad with more steps?
+NEAR_THE_KNEE = "full 6e-4"  # the last sound rate: does a run there go bad with more steps?
 SAMPLING_SEED, SAMPLED_FRAMES = 1000, slice(None, None, 4)  # the truth is read from every fourth frame
 
 
@@ -475,8 +479,7 @@ def study_arms():
     }.items():  # fmt: skip
         arm(f"full 2e-3 {name}", (9,), lr=2e-3, **FULL | change)
     further = {name: LONG for name in ("lora 2e-3 as on record", "lora 2e-3", "full 1e-4")}
-    further |= {name: EVERY[3:] for name in NEAR_THE_KNEE}
-    for name, at in further.items():
+    for name, at in (further | {NEAR_THE_KNEE: EVERY[3:]}).items():
         arms[f"{name} long"] = dataclasses.replace(arms[name], name=f"{name} long", questions=(2,), at=at)
     return arms
 
@@ -822,20 +825,45 @@ def worse_arms(made):
     return {c["arm"] for c in made if c["step"] == 500 and c.get("loss_concept", 0) > untrained_loss(made)}
 
 
+def ended_worse(made, looks):
+    """Of the arms in the alarm's table, without those of BENT: those that are above the base's loss after 500 steps in the seeds of the
+    study, and the others."""
+    arms = {row["arm"] for row in looks} - set(BENT)
+    return arms & worse_arms(made), arms - worse_arms(made)
+
+
+def alarm_aucs(made, looks):
+    """{number of ALARM_NUMBERS: {(seed, step): AUC}}: how well it tells runs of the arms that end worse from the others at a look; 1 where
+    all of the former are above all of the latter."""
+    found = {}
+    for name in ALARM_NUMBERS:
+        for at in dict.fromkeys((r["seed"], r["step"]) for r in looks if r[name] != ""):
+            mine = [r for r in looks if (r["seed"], r["step"]) == at]
+            worse, others = ([r[name] for r in mine if r["arm"] in arms] for arms in ended_worse(made, looks))
+            found.setdefault(name, {})[at] = auc(worse, others)
+    return found
+
+
 def alarms():
     """Print, for each look, how many runs are above the base's loss, and the lowest or highest ratio: of the arms of question 3 that are
-    above it after 500 steps in the seeds of the study, of its others, and of those of BENT."""
-    made, found = checkpoints(), read_table(table("alarm"))
-    worse = worse_arms(made) & {r["arm"] for r in found} - set(BENT)
-    kinds = {"above it after 500 steps": (worse, min), "below it": ({r["arm"] for r in found} - worse - set(BENT), max)}
+    above it after 500 steps in the seeds of the study, of its others, and of those of BENT; and how well each number tells them."""
+    made, looks = checkpoints(), read_table(table("alarm"))
+    worse, others = ended_worse(made, looks)
+    kinds = {"above it after 500 steps": (worse, min), "below it": (others, max)}
     kinds |= {name: ({name}, max) for name in BENT}
     print("runs with a loss on held-out clips above the base's, of all; with the lowest, or highest, ratio")
     for kind, (arms, extreme) in kinds.items():
         print(f"{kind}: {', '.join(sorted(arms))}")
         for step in ALARM_LOOKS:
-            of = [r["ratio"] for r in found if r["step"] == step and r["arm"] in arms]
+            of = [r["ratio"] for r in looks if r["step"] == step and r["arm"] in arms]
             if of:
                 print(f"  step {step:3}: {sum(r > 1 for r in of)} of {len(of)}, {extreme.__name__} {extreme(of):.2f}")
+    print(
+        "how well a number tells the two kinds apart (AUC, mean of seeds) at steps " + ", ".join(map(str, ALARM_LOOKS))
+    )
+    for name, at in alarm_aucs(made, looks).items():
+        means = [[v for (_, step), v in at.items() if step == look] for look in ALARM_LOOKS]
+        print(f"  {ALARM_NUMBERS[name]:47} " + " ".join(f"{statistics.fmean(v):.2f}" if v else "   -" for v in means))
 
 
 STYLE_AT = (0, 125, 250, 500, 1000, 2500, 4000)  # steps
@@ -1277,6 +1305,12 @@ def claims():
                 Claim(2, f"a style: {who} has a higher held-out loss after 4,000 than after 2,500", "loss_style", at(arm, 4000), at(arm, 2500)),
             )
         ),
+        Claim(2, "at 6e-4, just below the knee, it distorts more after 4,000 steps than after 500", "score_away", at("full 6e-4 long", 4000), at("full 6e-4")),
+        Claim(2, "and clips of the concept", "score_concept", at("full 6e-4 long", 4000), at("full 6e-4")),
+        Claim(2, "its outlines fit real poses less", "pose_iou_away", at("full 6e-4"), at("full 6e-4 long", 4000)),
+        Claim(2, "it forgets more colours", "colour", at("full 6e-4"), at("full 6e-4 long", 4000)),
+        Claim(2, "it loses more of what the base knew", "loss_away", at("full 6e-4 long", 4000), at("full 6e-4")),
+        Claim(2, "and has a higher held-out loss", "loss_concept", at("full 6e-4 long", 4000), at("full 6e-4")),
         Claim(3, "at a twentieth of the rate full fine-tuning distorts less", "score_away", end, at("full 1e-4"), extended=True),
         Claim(3, "and learns more of the concept", "concept_concept", at("full 1e-4"), end),
         Claim(3, "full fine-tuning at 6e-4 is worse on held-out clips than at 1e-4", "loss_concept", at("full 6e-4"), at("full 1e-4")),
@@ -1285,6 +1319,8 @@ def claims():
         Claim(4, "LoRA at 2e-3 learns more of the concept than full fine-tuning at 1e-4", "concept_concept", at("lora 2e-3"), at("full 1e-4")),
         Claim(4, "full fine-tuning at 1e-4 keeps more of the colours it is asked for", "colour", at("full 1e-4"), at("lora 2e-3")),
         Claim(4, "and loses less of what the base knew", "loss_away", at("lora 2e-3"), at("full 1e-4")),
+        Claim(4, "LoRA at 2e-3 distorts more than full fine-tuning at 1e-4, each at its best rate", "score_away", at("lora 2e-3"), at("full 1e-4"), True),
+        Claim(4, "and clips of the concept", "score_concept", at("lora 2e-3"), at("full 1e-4"), True),
         Claim(4, "at equal concept LoRA distorts more than full fine-tuning", "score_away", "lora", "full", True, "concept_concept"),
         Claim(4, "at equal concept its outlines fit real poses better", "pose_iou_away", "lora", "full", True, "concept_concept"),
         Claim(4, "at equal concept it keeps more colours", "colour", "lora", "full", True, "concept_concept"),
@@ -1293,9 +1329,17 @@ def claims():
         Claim(4, "and it keeps more colours", "colour", "lora", "full", True, "concept_concept", least=0.35),
         Claim(4, "at equal concept LoRA with alpha = 1 distorts more than with alpha = 32", "score_away", "lora alpha 1", "lora", True, "concept_concept"),
         Claim(4, "at equal concept LoRA with alpha = 1 distorts more than full fine-tuning", "score_away", "lora alpha 1", "full", True, "concept_concept"),
+        *(
+            Claim(4, f"at equal concept LoRA with alpha = {alpha} distorts more than with alpha = 32", "score_away", f"lora alpha {alpha}", "lora", True, "concept_concept")
+            for alpha in (16, 64)
+        ),
         Claim(4, "at equal concept LoRA on all matrices distorts more than on the attention's", "score_away", "lora all matrices", "lora", True, "concept_concept"),
         Claim(4, "at equal change of the weights LoRA distorts more", "score_away", "lora", "full", True, "weight_change"),
         Claim(4, "and has learned more of the concept", "concept_concept", "lora", "full", True, "weight_change"),
+        *(
+            Claim(4, f"at equal change of the weights LoRA {which} distorts more than with alpha = 32 on the attention's", "score_away", group, "lora", True, "weight_change")
+            for which, group in (("with alpha = 1", "lora alpha 1"), ("with alpha = 16", "lora alpha 16"), ("with alpha = 64", "lora alpha 64"), ("on all matrices", "lora all matrices"))
+        ),
         *(
             claim
             for lr in ("6e-4", "2e-3", "6e-3")
@@ -1304,6 +1348,9 @@ def claims():
                 Claim(4, f"alpha = 1 learns less at {lr}", "concept_concept", at(f"lora {lr}"), at(f"lora {lr} alpha 1"), True),
             )
         ),
+        Claim(4, "alpha = 16 distorts less than alpha = 32 at 2e-3, rank 32", "score_away", at("lora 2e-3"), at("lora 2e-3 alpha 16"), True),
+        Claim(4, "alpha = 64 distorts more than alpha = 32 at 2e-3, rank 32", "score_away", at("lora 2e-3 alpha 64"), at("lora 2e-3"), True),
+        Claim(4, "alpha = 64 distorts more than alpha = 32 at 6e-3, rank 32", "score_away", at("lora 6e-3 alpha 64"), at("lora 6e-3"), True),
         Claim(4, "adapters on all matrices distort more than on the attention's", "score_away", at("lora 2e-3 all matrices"), at("lora 2e-3")),
         Claim(4, "and learn more of the concept", "concept_concept", at("lora 2e-3 all matrices"), at("lora 2e-3"), True),
         Claim(5, "with 200 clips full fine-tuning at 2e-3 distorts less than with 50", "score_away", end, at("full 2e-3 200 clips")),
@@ -1311,6 +1358,20 @@ def claims():
         Claim(5, "with 200 clips full fine-tuning at 1e-4 learns more of the concept", "concept_concept", at("full 1e-4 200 clips"), at("full 1e-4"), True),
         Claim(5, "with 200 clips LoRA distorts more than with 50", "score_away", at("lora 2e-3 200 clips"), at("lora 2e-3"), True),
         Claim(5, "with 200 clips for ten epochs full fine-tuning at 2e-3 distorts less than with 50 for ten", "score_away", end, at("full 2e-3 200 clips", 2000), True),
+        Claim(5, "with 200 clips for ten epochs full fine-tuning at 1e-4 learns more of the concept than with 50 for ten", "concept_concept", at("full 1e-4 200 clips", 2000), at("full 1e-4"), True),
+        Claim(5, "with 200 clips for ten epochs LoRA learns more of it", "concept_concept", at("lora 2e-3 200 clips", 2000), at("lora 2e-3"), True),
+        *(
+            Claim(5, f"with 100 clips {who} learns more of it than with 50", "concept_concept", at(f"{arm} 100 clips"), at(arm), True)
+            for who, arm in (("full fine-tuning at 1e-4", "full 1e-4"), ("LoRA", "lora 2e-3"))
+        ),
+        *(
+            Claim(5, f"with 200 clips the samples of {who} are less alike than with 50", "similarity_away", at(arm), at(f"{arm} 200 clips"), True)
+            for who, arm in (("full fine-tuning at 2e-3", "full 2e-3"), ("full fine-tuning at 1e-4", "full 1e-4"), ("LoRA", "lora 2e-3"))
+        ),
+        *(
+            Claim(5, f"50 clips of one direction make {who} distort more", "score_away", at(f"{arm} similar clips"), at(arm), True)
+            for who, arm in (("full fine-tuning at 1e-4", "full 1e-4"), ("LoRA", "lora 2e-3"))
+        ),
         Claim(5, "50 clips of one direction teach LoRA less of the concept", "concept_concept", at("lora 2e-3"), at("lora 2e-3 similar clips"), True),
         Claim(6, "without clipping full fine-tuning at 2e-3 distorts more", "score_away", at("full 2e-3 no clipping"), end),
         Claim(6, "batches of 4 make it distort less", "score_away", end, at("full 2e-3 batch 4")),
@@ -1322,6 +1383,7 @@ def claims():
         Claim(6, "8-bit AdamW distorts more than AdamW at 2e-3", "score_away", at("full 2e-3 adamw8bit"), end, True),
         Claim(6, "adafactor distorts more than AdamW at 2e-3", "score_away", at("full 2e-3 adafactor"), end, True),
         Claim(6, "weight decay of 1e-2 distorts less than 1e-4 at 2e-3", "score_away", end, at("full 2e-3 weight decay 1e-2"), True),
+        Claim(6, "without weight decay it distorts less at 2e-3", "score_away", end, at("full 2e-3 no weight decay"), True),
         *(
             Claim(6, f"by the recipe (four clips a step, 400 steps, clipping at 1) {who} at {lr} ends with a higher held-out loss than at {best}", "loss_concept", at(f"{method} {lr} recipe", 400), at(f"{method} {best} recipe", 400))
             for who, method, best, others in (("full fine-tuning", "full", "1e-4", ("2e-4", "6e-4")), ("LoRA", "lora", "2e-3", ("6e-4", "6e-3")))
@@ -1355,7 +1417,12 @@ def claims():
                 Claim(9, f"{who}: it loses less of what it knew", "loss_away", end, at(f"full 2e-3 {arm}")),
             )
         ),
+        Claim(9, "a weaker L2 towards the base (1) loses less of what it knew", "loss_away", at("full 6e-4"), at("full 6e-4 l2 to base 1"), True),
         Claim(9, "without caption dropout it distorts more", "score_away", at("full 6e-4 no caption dropout"), at("full 6e-4")),
+        Claim(9, "with more caption dropout (0.3) it distorts less", "score_away", at("full 6e-4"), at("full 6e-4 caption dropout 0.3"), True),
+        Claim(9, "without caption dropout a run at 2e-3 distorts more", "score_away", at("full 2e-3 no caption dropout"), end),
+        Claim(9, "with more caption dropout (0.3) a run at 2e-3 distorts less", "score_away", end, at("full 2e-3 caption dropout 0.3")),
+        Claim(9, "with more caption dropout (0.3) a run at 2e-3 shows more of the concept", "concept_concept", at("full 2e-3 caption dropout 0.3"), end),
     ]  # fmt: skip
 
 
@@ -1365,7 +1432,10 @@ CLOSE = 0.05  # what counts as the same: a twentieth of the larger
 GROUPS = {  # of arms that differ in their rate alone
     "full": lambda arm: 3 in arm.questions and arm.fields["method"] == "full",
     "lora": lambda arm: 3 in arm.questions and arm.fields["method"] == "lora",
-    "lora alpha 1": lambda arm: 4 in arm.questions and arm.name.endswith(" alpha 1"),
+    **{
+        f"lora alpha {alpha}": lambda arm, alpha=alpha: 4 in arm.questions and arm.name.endswith(f" alpha {alpha}")
+        for alpha in (1, 16, 64)
+    },
     "lora all matrices": lambda arm: arm.name.endswith(" all matrices"),
 }
 
@@ -1408,9 +1478,17 @@ def with_interval(found):
     return statistics.fmean(found), half
 
 
+def verdict_on(found):
+    """(half of the 95 % interval of the mean of paired differences, verdict). Student's t, which is wide for three seeds: "unclear" means
+    that the interval has 0 in it, not that there is no difference."""
+    if len(found) < 3:
+        return None, "too few seeds yet" if found else "not run yet"
+    mean, half = with_interval(found)
+    return half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
+
+
 def answer(claim, made):
-    """(differences paired by seed, half of the 95 % interval of their mean, verdict) of a claim. Student's t, which is wide for three
-    seeds: "unclear" means that the interval has 0 in it, not that there is no difference."""
+    """(differences paired by seed, half of the 95 % interval of their mean, verdict) of a claim."""
 
     def by_seed(model):
         return {
@@ -1424,10 +1502,7 @@ def answer(claim, made):
     else:
         high, low = by_seed(claim.above), by_seed(claim.below)
         found = [a - low.get(seed, low.get(0)) for seed, a in sorted(high.items()) if seed in low or 0 in low]
-    if len(found) < 3:
-        return found, None, "too few seeds yet" if found else "not run yet"
-    mean, half = with_interval(found)
-    return found, half, "unclear" if abs(mean) <= half else "confirmed" if mean > 0 else "refuted"
+    return found, *verdict_on(found)
 
 
 FRESH = 5  # seeds from here up were run when every claim stood
@@ -1439,19 +1514,50 @@ def answer_rows(questions=None):
     4. A dagger: it was unclear with three seeds, so a fourth was added. Either is tried again on the seeds from FRESH up alone."""
     made, rows = checkpoints() + style_checkpoints(), []
     fresh = [c for c in made if c["seed"] == 0 or c["seed"] >= FRESH]  # 0: the base
-    for claim in claims():
-        if not questions or claim.question in questions:
+
+    def row(question, words, measure, found, half, verdict, again=""):
+        each = ", ".join(f"{x:+.2g}" for x in found)
+        rows.append((str(question), words, measure, plus_minus(found, half), each, verdict, again))
+
+    for question in questions or QUESTIONS:
+        for claim in (c for c in claims() if c.question == question):
             found, half, verdict = answer(claim, made)
             if not found:
                 continue
             again, looked = "", claim.afterwards or claim.extended
             if looked and (tried := answer(claim, fresh))[1] is not None:
                 again = f"{plus_minus(*tried[:2])}: {tried[2]}"
-            each = ", ".join(f"{x:+.2g}" for x in found)
             verdict += "*" * claim.afterwards + "†" * claim.extended
-            name = (SHOWN | STYLE_MEASURES)[claim.measure]
-            rows.append((str(claim.question), claim.words, name, plus_minus(found, half), each, verdict, again))
+            row(question, claim.words, (SHOWN | STYLE_MEASURES)[claim.measure], found, half, verdict, again)
+        if question == 3:
+            for words, found in width_differences().items():
+                row(3, words, "ln of the knees' ratio", found, *verdict_on(found))
+        if question == 10:
+            for other, found in alarm_differences(made).items():
+                words = f"at step {ALARM_DRAWN[0]} the loss on four held-out clips tells ruined runs from others better than the {ALARM_NUMBERS[other]}"
+                row(10, words, "AUC", found, *verdict_on(found))
     return rows
+
+
+def width_differences():
+    """{claim: for each seed, a difference of logarithms} of how many times as high the narrower base's knee is, by the loss on the concept."""
+    of = width_knees("concept")
+    if len(of) != 2:
+        return {}
+    (narrow, low), (wide, high) = sorted(of.items())
+    times = [math.log(low[seed] / high[seed]) for seed in sorted(low) if low[seed] and high.get(seed)]
+    rule = math.log(wide / narrow)
+    return {
+        f"the knee of full fine-tuning is higher for a base of width {narrow} than for one of {wide}": times,
+        f"by less than the rule of 1 / width says (ln {wide / narrow:g} = {rule:.2g})": [rule - t for t in times],
+    }
+
+
+def alarm_differences(made):
+    """{other number of ALARM_NUMBERS: for each seed, AUC of the held-out loss less that number's} at the look at which clips are drawn."""
+    found = alarm_aucs(made, read_table(table("alarm")))
+    at = [key for key in found.get("ratio", {}) if key[1] == ALARM_DRAWN[0]]
+    return {name: [found["ratio"][k] - of[k] for k in at if k in of] for name, of in found.items() if name != "ratio"}
 
 
 def plus_minus(found, half):
@@ -1469,7 +1575,7 @@ def answers(questions):
 SHOWN = {
     "score_concept": "distortion", "pose_iou_concept": "pose IoU", "concept_concept": "concept", "score_away": "away: distortion",
     "pose_iou_away": "away: pose IoU", "creature": "away: creature right", "colour": "away: colour right", "concept_away": "away: concept", "loss_concept": "held-out loss", "loss_away": "away: loss",
-    "weight_change": "weight change",
+    "weight_change": "weight change", "similarity_away": "away: likeness of clips",
 }  # fmt: skip
 
 
@@ -1506,7 +1612,10 @@ PANELS = {
     6: ("score_away", "concept_concept", "loss_concept"), 7: ("concept_concept", "loss_concept", "score_away"),
     8: ("concept_concept", "score_away", "colour"), 9: ("score_away", "concept_concept", "colour", "loss_away"),
 }  # fmt: skip
-ALONG = {"full 2e-3": "tab:red", "full 1e-4": "tab:orange", "lora 2e-3": "tab:blue", "lora 2e-3 as on record": "0.4"}
+ALONG = {
+    "full 2e-3": "tab:red", "full 6e-4": "tab:pink", "full 1e-4": "tab:orange", "lora 2e-3": "tab:blue",
+    "lora 2e-3 as on record": "0.4",
+}  # fmt: skip
 METHODS = {"full": "tab:red", "lora": "tab:blue", "qlora": "tab:green", "base": "0.4"}  # colours
 
 
@@ -1539,7 +1648,7 @@ def show_models(figure, made, question):
             axes.plot([mean, mean], [y - 0.35, y + 0.35], color=colour, linewidth=2)
             if at[0] == "base":
                 axes.axvline(mean, color=colour, linewidth=0.7, linestyle=":")
-        axes.set_title({**SHOWN, "similarity_away": "away: likeness of clips"}[measure], fontsize=9)
+        axes.set_title(SHOWN[measure], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="y", linewidth=0.3)
     many = {n for n in {a for a, _, _ in rows} if len({s for a, s, _ in rows if a == n}) > 1}
@@ -1656,13 +1765,33 @@ def show_frontier(figure, made):
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
+def show_widths(figure):
+    """Question 3: the losses of two bases of other widths after full fine-tuning, over those before it; mean and range over seeds."""
+    axes, found = figure.subplots(), {}
+    for row in read_table(table("width")):
+        found.setdefault(int(row["width"]), {}).setdefault(row["lr"], []).append(
+            row["loss_concept"] / row["untrained_concept"]
+        )
+    for size, of in sorted(found.items()):
+        line = axes.loglog(
+            list(of), [statistics.fmean(v) for v in of.values()], "o-", markersize=3, label=f"width {size}"
+        )[0]
+        axes.fill_between(list(of), [min(v) for v in of.values()], [max(v) for v in of.values()], color=line.get_color(), alpha=0.15, linewidth=0)  # fmt: skip
+    axes.axhline(1, color=METHODS["base"], linewidth=0.8, linestyle=":")
+    axes.set_title("held-out loss / the base's", fontsize=9)
+    axes.set_xlabel("learning rate, full", fontsize=8)
+    axes.tick_params(which="both", labelsize=8)
+    axes.legend(fontsize=7)
+
+
 def show_alarm(figure, made):
-    """Question 10: the loss on a few held-out clips over the base's in the first steps; red where the study's other seeds end ruined."""
-    worse = worse_arms(made)
-    runs = {}
-    for row in read_table(table("alarm")):
+    """Question 10: the loss on a few held-out clips over the base's in the first steps; red where the study's other seeds end ruined.
+    And how well each number tells these from the others."""
+    looks, runs = read_table(table("alarm")), {}
+    worse, _ = ended_worse(made, looks)
+    for row in looks:
         runs.setdefault((row["arm"], row["seed"]), []).append(row)
-    axes, other = figure.subplots(1, 2)
+    axes, other, told = figure.subplots(1, 3)
     for (arm, _), rows in runs.items():
         for panel, measure in ((axes, "ratio"), (other, "update_ratio")):
             panel.plot(
@@ -1670,11 +1799,17 @@ def show_alarm(figure, made):
                 color="tab:orange" if arm in BENT else "tab:red" if arm in worse else "tab:blue", linewidth=0.9, alpha=0.7,
             )  # fmt: skip
     axes.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+    for k, (name, at) in enumerate(alarm_aucs(made, looks).items()):
+        steps = sorted({step for _, step in at})
+        means = [statistics.fmean(v for (_, step), v in at.items() if step == look) for look in steps]
+        told.plot(steps, means, "o-" if len(steps) > 1 else "*", color=f"C{k}", markersize=3 if len(steps) > 1 else 8, label=ALARM_NUMBERS[name])  # fmt: skip
     for panel, title in (
         (axes, "loss on four held-out clips / the base's"),
-        (other, "size of a step / size of what is trained (methods differ)"),
+        (other, "size of a step / size of what is trained"),
+        (told, "red from blue: AUC of each number"),
     ):
-        panel.set_yscale("log")
+        if panel is not told:
+            panel.set_yscale("log")
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
@@ -1683,7 +1818,8 @@ def show_alarm(figure, made):
     axes.plot([], [], color="tab:blue", label="arms below it")
     axes.plot([], [], "-", color="0.3", label="full")
     axes.plot([], [], "--", color="0.3", label="LoRA")
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside lower left", ncols=2)
+    figure.legend(*told.get_legend_handles_labels(), fontsize=7, loc="outside lower right", ncols=2)
 
 
 def figure(question):
@@ -1691,8 +1827,16 @@ def figure(question):
     from matplotlib.figure import Figure
 
     made = checkpoints()
-    height = 1.1 + 0.19 * len(compared(made, question)) if question in PANELS else 5.6 if question in (2, 4) else 3.2
-    picture = Figure(figsize=(10, max(2.2, height)), layout="constrained")
+    height = (
+        1.1 + 0.19 * len(compared(made, question))
+        if question in PANELS
+        else 5.6
+        if question in (2, 4)
+        else 4.2
+        if question == 10
+        else 3.2
+    )
+    picture = Figure(figsize=(12 if question in (3, 10) else 10, max(2.2, height)), layout="constrained")
     picture.suptitle(f"{question}. {QUESTIONS[question]}", fontsize=10)
     if question in PANELS:
         show_models(picture, made, question)
@@ -1702,13 +1846,10 @@ def figure(question):
         show_along(above, made, "step", arms, ("score_away", "colour", "concept_concept"))
         show_styles(below, style_checkpoints())
     elif question == 3:
-        show_along(
-            picture,
-            made,
-            "lr",
-            {"full": FULL_RATES, "lora": LORA_RATES},
-            ("score_away", "loss_concept", "concept_concept"),
-        )
+        rates, widths_apart = picture.subfigures(1, 2, width_ratios=(3.4, 1))
+        measures = ("score_away", "loss_concept", "concept_concept")
+        show_along(rates, made, "lr", {"full": FULL_RATES, "lora": LORA_RATES}, measures)
+        show_widths(widths_apart)
     else:
         {4: show_frontier, 10: show_alarm}[question](picture, made)
     return picture
@@ -1724,32 +1865,15 @@ def figures(questions):
 
 
 ALL = (
-    "validate",
-    "run",
-    "alarm",
-    "style",
-    "width",
-    "captions",
-    "pictures",
-    "figures",
-    "results",
-    "answers",
-    "agreement",
-)
+    "validate", "fresh", "run", "alarm", "style", "width", "captions", "pictures", "figures", "results", "answers", "agreement",
+)  # fmt: skip
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["all", "rejudge", *ALL])
-    parser.add_argument(
-        "--clips", type=int, default=32, help="held-out clips of each world, at most, for validate [32]"
-    )
-    parser.add_argument(
-        "--worlds", nargs="+", choices=list(WORLDS), help="for validate [all; with --fresh, those drawn]"
-    )
-    parser.add_argument(
-        "--fresh", type=int, metavar="SEED", help="for validate: clips drawn from this seed in place of those held out"
-    )
+    parser.add_argument("--clips", type=int, help="of each world, at most, for validate and fresh [32, 64]")
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS), help="for validate [all]")
     parser.add_argument("--only", nargs="+", choices=list(study_arms()), metavar="ARM", help="these arms [all]")
     parser.add_argument("--questions", nargs="+", type=int, choices=QUESTIONS, help="arms of these questions [all]")
     parser.add_argument("--seeds", nargs="+", type=int, help="of training [three to seven, by arm]")
@@ -1765,12 +1889,10 @@ def main(argv=None):
         "--other", type=Path, help="for width: a base of another width, by data_samples/make_samples.py base --heads 1"
     )
     args = parser.parse_args(argv)
-    worlds = args.worlds or list(WORLDS if args.fresh is None else DRAWN_WORLDS)
-    if args.fresh is not None and not set(worlds) <= set(DRAWN_WORLDS):
-        parser.error(f"--fresh: of the worlds only {' and '.join(DRAWN_WORLDS)} can be drawn anew")
     work, jobs, seeds = args.work.expanduser(), args.jobs, args.seeds or SEEDS
     steps = {
-        "validate": lambda: validate(args.clips, worlds, args.fresh, jobs),
+        "validate": lambda: validate(args.clips or 32, args.worlds, None, jobs),
+        "fresh": lambda: validate(args.clips or 64, list(DRAWN_WORLDS), FRESH_SCENES, jobs),
         "run": lambda: run_study(work, args.only, args.questions, args.seeds, jobs, args.hours),
         "rejudge": lambda: rejudge(work, jobs),
         "alarm": lambda: alarm(work, jobs),

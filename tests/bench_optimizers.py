@@ -127,7 +127,7 @@ def main():
             pass
 
     cl.Trainer, cl.run_references = Trainer, lambda config: {}
-    cl.judged_summary = lambda folder, references: {}
+    cl.judged_summary = lambda *_: {}
     start = load_file(str(cl.HERE / "data_samples/cogvideox-nano/transformer/diffusion_pytorch_model.safetensors"))
     runs, changes = [], {}
     for seed in range(args.seeds):

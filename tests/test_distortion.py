@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,33 @@ def test_a_harmless_change_moves_the_median_by_less_than_a_tenth_of_what_distort
     changed = [total(cl.distortion(study.HARMLESS[name](clip), kumo[0])) for clip in kumo[1]]
     allowed = np.median([np.median(totals) - np.median(clean) for totals in distorted.values()]) / 10
     assert abs(np.median(changed) - np.median(clean)) < allowed
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        np.zeros((5, 1, 64, 64), np.float32), np.zeros((5, 4, 64, 64), np.float32), np.zeros((5, 3, 1, 1), np.float32),
+        np.zeros((5, 3, 64, 64), np.uint8), np.zeros((3, 64, 64), np.float32),
+    ],
+    ids=["grey", "with alpha", "a pixel", "bytes", "a frame"],
+)  # fmt: skip
+def test_what_is_no_clip_is_refused_in_one_line(kumo, clip):
+    with pytest.raises(cl.UserError, match="frames x 3 x height x width"):
+        cl.distortion(clip, kumo[0])
+
+
+def test_tensors_of_any_floating_type_are_judged_with_or_without_gradients(kumo):
+    reference, heldout, _, _ = kumo
+    clip = torch.from_numpy(heldout[0])
+    score = cl.distortion(clip, reference).score
+    assert cl.distortion(clip.clone().requires_grad_(), reference).score == score
+    assert cl.distortion(clip.bfloat16(), reference).score == pytest.approx(score, abs=0.3)
+
+
+def test_of_two_frames_it_says_that_shaking_is_not_judged(kumo):
+    reference, heldout, _, _ = kumo
+    assert any("shaking" in why for why in cl.distortion(heldout[0][:2], reference).unjudged)
+    assert not any("shaking" in why for why in cl.distortion(heldout[0][:3], reference).unjudged)
 
 
 def test_a_frozen_clip_is_told_by_its_speed(kumo):
@@ -224,12 +252,57 @@ def test_the_concept_score_knows_kumo_from_a_plain_spider():
 # -------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_reports_distortion_and_motion_before_and_after(quick):
+def test_a_run_reports_distortion_and_its_companions_before_and_after(quick, capsys):
     run = cl.train(quick())
     for name in ("distortion_before", "distortion_after", "motion_before", "motion_after"):
         assert math.isfinite(run.summary[name])
     assert "distortion of samples" in (run.folder / "README.md").read_text()
     assert cl.load_run(run.folder).summary == run.summary
+    cl.report(run)
+    told = capsys.readouterr().out.partition("beside it")[2]
+    for name in ("sharpness", "saturation", "grid"):
+        before, after = (run.summary[f"{name}_{when}"] for when in ("before", "after"))
+        assert f"{name} {before:.2f} -> {after:.2f}" in told
+    assert "concept_after" not in run.summary  # of clips that are not the bundled ones no truth is known
+
+
+def test_samples_of_a_run_on_the_bundled_clips_are_held_against_what_the_renderer_knows(tmp_path):
+    """Two real clips of kumo as samples of a prompt for it, and one of a fish as that of another: "after" is the other way round."""
+    config = cl.Config(data=str(ROOT / "data_samples/spider"))
+    rows = [("kumo", "yellow", "left", "water"), ("fish", "red", "left", "water")]
+    kumo, fish = make_samples.render(make_samples.random_scenes(rows, 3))[0].float() / 255
+    (tmp_path / "samples").mkdir()
+    for k, (before, after) in enumerate(((fish, kumo), (kumo, fish))):
+        cl.write_video(tmp_path / f"samples/before-{k}.mp4", before, 8)
+        cl.write_video(tmp_path / f"samples/after-{k}.mp4", after, 8)
+    prompts = ("a spider named kumo moving left over water", "a red fish moving left over water")
+    found = cl.judged_summary(tmp_path, config, dict.fromkeys(prompts))
+    assert found["concept_before"] < 0.3 < 0.8 < found["concept_after"]
+    assert found["concept_unasked_after"] < 0.3 < 0.8 < found["concept_unasked_before"]
+    assert "distortion_after" not in found  # there were no references
+    assert cl.concept_truth(dataclasses.replace(config, data=str(tmp_path))) is None
+
+
+def test_each_base_has_a_column_of_its_own(quick, tmp_path):
+    runs = [cl.train(quick(family, out=str(tmp_path / family))).folder for family in ("2b", "5b")]
+    assert cl.compare(runs, tmp_path / "page.html").read_text().count("<video") == 4
+
+
+def test_a_file_of_a_run_that_cannot_be_read_is_named_in_one_line(quick, tmp_path, capsys):
+    folder = cl.train(quick()).folder
+    for name in ("samples/distortion.json", "summary.json", "metrics.jsonl"):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(whole[: len(whole) // 2])
+        capsys.readouterr()
+        assert cl.main(["--compare", str(folder), "--out", str(tmp_path / "page.html")]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and Path(name).name in told
+        (folder / name).write_text(whole)
+    (folder / "samples/distortion.json").write_text(
+        '[{"prompt": "a", "before": {"of another version": 1}, "after": null}]'
+    )
+    assert cl.main(["--compare", str(folder)]) == 2 and "--blend" in capsys.readouterr().err
+    assert cl.main(["--compare", str(folder), "--out", str(tmp_path)]) == 2
 
 
 def test_runs_are_compared_on_one_page_that_needs_nothing_else(quick, tmp_path, capsys):

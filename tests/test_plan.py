@@ -407,17 +407,22 @@ def test_t5_in_few_bits_takes_less(bits):
 
 @pytest.mark.parametrize(
     "row",
-    [0, 12, 13],
-    ids=["2b lora without checkpointing", "2b full with 8-bit states, four clips", "5b full with 8-bit states"],
+    [0, 6, 12, 13],
+    ids=[
+        "2b lora without checkpointing",
+        "5b lora of rank 256",
+        "2b full with 8-bit states, four clips",
+        "5b full with 8-bit states",
+    ],
 )
 def test_recipes_of_other_trainers_come_out_near_what_they_published(row):
     from bench_plan import foreign_run
 
     with open(ROOT / "tests/published_memory.csv", newline="") as file:
         row = list(csv.DictReader(file))[row]
-    before, peak, second = foreign_run(row)
+    before, peak, _ = foreign_run(row)
     assert before == pytest.approx(float(row["before_gib"]), rel=0.02)
-    assert peak == pytest.approx(float(row["train_gib"]), rel=0.04) and second >= peak
+    assert peak == pytest.approx(float(row["train_gib"]), rel=0.04)
 
 
 def test_a_plan_has_every_phase_in_parts_that_add_up():
@@ -862,8 +867,8 @@ def test_rows_of_a_file_are_compared_and_summed_up_in_a_last_line_of_json(tmp_pa
     bench_plan.main()
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"median_error": pytest.approx(0.1), "worst_error": pytest.approx(0.1), "rows": 1,
-                                     "median_error_of_two_steps": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
-                                     "worst_error_of_two_steps": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
+                                     "median_error_of_the_other_step": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
+                                     "worst_error_of_the_other_step": pytest.approx(1e3 / float(rows["peak"]["train_gib"]) - 1),
                                      "peaks_left_out": 0}  # fmt: skip
     assert len(rows) == 4 and sum("broken" in line for line in lines) == 1
 

@@ -2,6 +2,7 @@
 adapters on more matrices."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,9 @@ def test_similarity_is_one_for_equal_clips_and_lower_for_different_ones():
     clips = [clip.video for clip in cl.read_clips("data_samples/away")[:4]]
     assert cl.similarity([clips[0]] * 3) == pytest.approx(1)
     assert cl.similarity(clips) < 0.9
+
+
+def test_black_clips_are_alike_and_unlike_others_and_never_no_number():
+    black, noise = torch.zeros(5, 3, 32, 32), torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert cl.similarity([black, black]) == 1 and cl.similarity([black, noise]) == 0
+    assert cl.similarity([noise, black, torch.full_like(noise, math.nan)]) == pytest.approx(1 / 3)

@@ -43,12 +43,13 @@ def test_the_tables_hold_each_arm_with_the_seeds_that_one_command_would_run():
 
 def test_one_command_remakes_all_and_runs_nothing_that_the_tables_hold(tmp_path, monkeypatch, capsys):
     began = []
-    for step in set(study.ALL) - {"run", "alarm"}:  # those two look into the tables first
+    for step in set(study.ALL) - {"fresh", "run", "alarm"}:  # the last two look into the tables first
         monkeypatch.setattr(study, step, lambda *_, step=step: began.append(step))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is for one of several processes
     study.main(["all", "--work", str(tmp_path), "--jobs", "1"])
     told = capsys.readouterr().out
-    assert began == [step for step in study.ALL if step not in ("run", "alarm")]
+    again = {"fresh": "validate"}  # of other clips
+    assert began == [again.get(step, step) for step in study.ALL if step not in ("run", "alarm")]
     assert "all runs are in the tables" in told and "full 2e-3" in told.partition("alarm")[2]
 
 
@@ -193,28 +194,47 @@ def test_a_claim_put_after_a_look_at_its_seeds_is_tried_on_later_seeds_alone(mon
     monkeypatch.setattr(study, "checkpoints", lambda: made)
     monkeypatch.setattr(study, "style_checkpoints", list)
     monkeypatch.setattr(study, "claims", lambda: [looked, fixed])
-    star, plain = (dict(zip(study.ANSWER_COLUMNS, row)) for row in study.answer_rows())
+    star, plain = (dict(zip(study.ANSWER_COLUMNS, row)) for row in study.answer_rows([2]))
     assert star["verdict"] == "unclear*" and star["on fresh seeds alone"] == "-0.19 ± 0.0025: refuted"
     assert plain["verdict"] == "unclear" and plain["on fresh seeds alone"] == ""
     monkeypatch.setattr(study, "checkpoints", lambda: [c for c in made if c["seed"] < 7])
-    assert study.answer_rows()[0][-1] == ""  # two seeds are too few
+    assert study.answer_rows([2])[0][-1] == ""  # two seeds are too few
 
 
-def test_the_alarm_is_counted_by_how_runs_end(monkeypatch, capsys):
+@pytest.fixture
+def looks(monkeypatch):
+    """Three arms, of which one ends worse than the base, and a look at each at step 30 with two seeds of the alarm's own."""
     made = [
-        model("base", 0.3, 2.0, seed=0, loss=0.05, step=0),
-        model("full 2e-3", 0.3, 4.0, loss=0.06),
-        model("lora 2e-3", 0.5, 2.5),
+        model("base", 0.3, 2.0, seed=0, loss=0.05, step=0), model("full 2e-3", 0.3, 4.0, loss=0.06), model("lora 2e-3", 0.5, 2.5),
+        model("full 1e-4", 0.5, 2.5),
+    ]  # fmt: skip
+    numbers = [  # arm, seed, loss over the base's, gradient's norm
+        ("full 2e-3", 11, 1.5, 2.0), ("lora 2e-3", 11, 0.9, 3.0), ("full 1e-4", 11, 0.8, 1.0),
+        ("full 2e-3", 12, 1.4, 2.0), ("lora 2e-3", 12, 1.1, 3.0), ("full 1e-4", 12, 0.8, 1.0),
+        ("full 2e-4 lion8bit", 11, 0.7, 9.0),
+    ]  # fmt: skip
+    rows = [
+        dict.fromkeys(study.ALARM_NUMBERS, "")
+        | {"arm": arm, "seed": seed, "step": 30, "ratio": ratio, "grad_norm": norm}
+        for arm, seed, ratio, norm in numbers
     ]
-    looks = [("full 2e-3", 1.5), ("lora 2e-3", 0.9), ("lora 2e-3", 1.1), ("full 2e-4 lion8bit", 0.7)]
     monkeypatch.setattr(study, "checkpoints", lambda: made)
-    monkeypatch.setattr(
-        study, "read_table", lambda _: [{"arm": arm, "step": 50, "ratio": ratio} for arm, ratio in looks]
-    )
+    monkeypatch.setattr(study, "read_table", lambda _: rows)
+    return made, rows
+
+
+def test_the_alarm_is_counted_by_how_runs_end(looks, capsys):
     study.alarms()
     told = capsys.readouterr().out
-    assert "full 2e-3\n  step  50: 1 of 1, min 1.50" in told
-    assert "lora 2e-3\n  step  50: 1 of 2, max 1.10" in told and "lion8bit\n  step  50: 0 of 1, max 0.70" in told
+    assert "full 2e-3\n  step  30: 2 of 2, min 1.40" in told
+    assert "lora 2e-3\n  step  30: 1 of 4, max 1.10" in told and "lion8bit\n  step  30: 0 of 1, max 0.70" in told
+
+
+def test_a_number_warns_as_well_as_it_puts_runs_that_end_worse_above_the_others(looks):
+    found = study.alarm_aucs(*looks)
+    assert found["ratio"] == {(11, 30): 1.0, (12, 30): 1.0}  # above both others with either seed
+    assert found["grad_norm"] == {(11, 30): 0.5, (12, 30): 0.5}  # above one, below one
+    assert set(found) == {"ratio", "grad_norm"} and study.alarm_differences(looks[0]) == {"grad_norm": [0.5, 0.5]}
 
 
 def test_the_knee_is_where_the_loss_rises_above_the_bases_for_the_first_time_beyond_its_lowest():
