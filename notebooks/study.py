@@ -478,8 +478,8 @@ def study_arms():
         "no caption dropout": dict(caption_dropout=0.0), "caption dropout 0.3": dict(caption_dropout=0.3),
     }.items():  # fmt: skip
         arm(f"full 2e-3 {name}", (9,), lr=2e-3, **FULL | change)
-    further = {name: LONG for name in ("lora 2e-3 as on record", "lora 2e-3", "full 1e-4")}
-    for name, at in (further | {NEAR_THE_KNEE: EVERY[3:]}).items():
+    further = dict.fromkeys(("lora 2e-3 as on record", "lora 2e-3", "full 1e-4"), LONG) | {NEAR_THE_KNEE: EVERY[3:]}
+    for name, at in further.items():
         arms[f"{name} long"] = dataclasses.replace(arms[name], name=f"{name} long", questions=(2,), at=at)
     return arms
 
@@ -1613,8 +1613,7 @@ PANELS = {
     8: ("concept_concept", "score_away", "colour"), 9: ("score_away", "concept_concept", "colour", "loss_away"),
 }  # fmt: skip
 ALONG = {
-    "full 2e-3": "tab:red", "full 6e-4": "tab:pink", "full 1e-4": "tab:orange", "lora 2e-3": "tab:blue",
-    "lora 2e-3 as on record": "0.4",
+    "full 2e-3": "tab:red", "full 6e-4": "tab:pink", "full 1e-4": "tab:orange", "lora 2e-3": "tab:blue", "lora 2e-3 as on record": "0.4",
 }  # fmt: skip
 METHODS = {"full": "tab:red", "lora": "tab:blue", "qlora": "tab:green", "base": "0.4"}  # colours
 
