@@ -234,7 +234,8 @@ def test_a_number_warns_as_well_as_it_puts_runs_that_end_worse_above_the_others(
     found = study.alarm_aucs(*looks)
     assert found["ratio"] == {(11, 30): 1.0, (12, 30): 1.0}  # above both others with either seed
     assert found["grad_norm"] == {(11, 30): 0.5, (12, 30): 0.5}  # above one, below one
-    assert set(found) == {"ratio", "grad_norm"} and study.alarm_differences(looks[0]) == {"grad_norm": [0.5, 0.5]}
+    assert study.alarm_differences(looks[0], 10) == {}
+    assert set(found) == {"ratio", "grad_norm"} and study.alarm_differences(looks[0], 30) == {"grad_norm": [-0.5, -0.5]}
 
 
 def test_the_knee_is_where_the_loss_rises_above_the_bases_for_the_first_time_beyond_its_lowest():
