@@ -391,6 +391,6 @@ def answers(*questions, about=""):
     display(Markdown(
         "*Differences are taken seed by seed, so that a plus speaks for the claim; ± is half of the 95 % interval of their mean (Student's t). Confirmed or "
         "refuted: the interval leaves out 0. Unclear: it does not, which three seeds often cannot help; it does not mean that there is no difference. A star: the claim "
-        "was put after a look at seeds 1 to 4, so it asks for new ones. A dagger: unclear with three seeds, so a fourth was added, which makes chance findings a little more "
+        "was put after a look at seeds 1 to 4, so it asks for new ones; two stars: after a look at all of them. A dagger: unclear with three seeds, so a fourth was added, which makes chance findings a little more "
         "likely. Where seeds 5 to 7, run when every claim stood, can try such a claim again, the last column has what they say alone.*"
     ))  # fmt: skip
