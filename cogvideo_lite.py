@@ -178,6 +178,9 @@ RECIPES = {
 FUSED_IN_FP16 = "--fused-backward: fp16 gradients must be unscaled all together; use --no-fused-backward"
 
 
+MOST_FRAMES = 4001  # more would keep a plan busy for minutes, and mean nothing
+
+
 def check_numbers(config):
     """Refuse what cannot work before anything is read or written. Raises UserError."""
     for name in ("steps", "batch_size", "micro_batch_size", "rank", "clips", "sampling_steps", "checkpoint_every", "fps",
@@ -209,6 +212,8 @@ def check_numbers(config):
         raise UserError("--offload-activations: would copy the weights out too; use it with gradient checkpointing")
     if config.frames is not None and (config.frames < 1 or config.frames % 8 != 1):
         raise UserError(f"--frames {config.frames}: must be 8k + 1, such as {max(9, config.frames // 8 * 8 + 1)}")
+    if config.frames is not None and config.frames > MOST_FRAMES:
+        raise UserError(f"--frames {config.frames}: at most {MOST_FRAMES}; the models were made for 49 or 81")
 
 
 def resolve(config, base=None):

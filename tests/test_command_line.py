@@ -17,6 +17,7 @@ BAD = {
     "no steps": (["--steps", "0"], "--steps 0: must be at least 1"),
     "a negative rate": (["--lr", "-1"], "--lr -1.0: must be a number above 0"),
     "a size that does not divide": (["--height", "72"], "--height 72: must be a multiple of 16"),
+    "more frames than any model makes": (["--frames", "800001"], "at most 4001"),
     "frames that are not 8k + 1": (["--frames", "16"], "--frames 16: must be 8k + 1"),
     "clips too short": (["--frames", "25"], "17 frames at 8 fps, 25 needed; lower --frames or drop it"),
     "more clips than there are": (["--clips", "999"], "only 200 clips"),
