@@ -25,7 +25,8 @@ def test_each_family_trains_from_clips_to_adapter(quick, family):
     summary = json.loads((run.folder / "summary.json").read_text())
     assert set(summary) == {
         "steps", "loss_first", "loss_last", "heldout_before", "heldout_after", "seconds", "steps_per_s", "peak_memory_gib",
-        "distortion_before", "distortion_after", "motion_before", "motion_after",
+        "distortion_before", "distortion_after", "motion_before", "motion_after", "sharpness_before", "sharpness_after",
+        "saturation_before", "saturation_after", "grid_before", "grid_after",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
