@@ -2762,7 +2762,8 @@ svg {{ max-width: 100%; height: auto }} h3 {{ margin: 1.2rem 0 .4rem }}
 <h1>Runs side by side</h1>
 <p>What differs in their configurations, then what came out. Distortion: 0 is like real clips, larger is more bent; speed: how fast
 subjects move, where real ones are 1, so that a frozen clip does not pass for a good one. Each run is compared with its own real
-clips: scores of runs on other data are in other units.</p>
+clips: scores of runs on other data are in other units. Concept score, of the bundled clips alone: how much of the subject is the
+concept, about 0.8 for real clips of it; wanted where the prompt asks for it.</p>
 <table>{row(["", *names], "th")}{"".join(row([name, *values]) for name, values in tables)}</table>
 <svg{svg}
 <h2>The same prompts, the same seeds</h2>
