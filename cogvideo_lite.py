@@ -144,17 +144,21 @@ class Config:
     compute_dtype: str = option("arithmetic [chosen by a probe]", choices=["float32", "bfloat16", "float16"])
 
 
-# What is left out on the command line comes from here; `source` is printed with it.
+# What is left out on the command line comes from here; of what is taken the `source` is printed, option by option.
 NANO = dict(steps=400, warmup=20, batch_size=4, sampling_steps=20, guidance_scale=3.0, checkpoint_every=200)
 LARGE = dict(steps=1500, warmup=100, batch_size=1, sampling_steps=50, guidance_scale=6.0, checkpoint_every=250)
 NANO_LORA = dict(
     NANO, lr=2e-3, optimizer="adamw",
-    source="lr: the lowest held-out loss of five after 500 steps of one clip each, and of three after 400 of four each "
-    "(notebooks/study.py results --questions 3 6)",
+    source=dict(
+        lr="the lowest held-out loss of five after 500 steps of one clip each, and of three after 400 of four each "
+        "(notebooks/study.py results --questions 3 6)",
+    ),
 )  # fmt: skip
 LARGE_LORA = dict(
     LARGE, lr=1e-4, optimizer="adamw",
-    source="lr: 1e-4..1e-3 of CogVideo#116, from below; steps: 1500-2000 for 50 clips in diffusers' CogVideoX example",
+    source=dict(
+        lr="1e-4..1e-3 of CogVideo#116, from below", steps="1500-2000 for 50 clips in diffusers' CogVideoX example",
+    ),
 )  # fmt: skip
 LION = 5  # AdamW's rate over one of Lion's that does as much
 RECIPES = {
@@ -162,15 +166,20 @@ RECIPES = {
     ("nano", "qlora"): NANO_LORA,
     ("nano", "full"): dict(
         NANO, lr=1e-4, optimizer="adamw",
-        source="lr: the lowest held-out loss of seven after 500 steps of one clip each, and of three after 400 of four each "
-        "(notebooks/study.py results --questions 3 6)",
+        source=dict(
+            lr="the lowest held-out loss of seven after 500 steps of one clip each, and of three after 400 of four each "
+            "(notebooks/study.py results --questions 3 6)",
+        ),
     ),
     ("large", "lora"): LARGE_LORA,
     ("large", "qlora"): LARGE_LORA,
     ("large", "full"): dict(
         LARGE, lr=1e-5, optimizer="adafactor",
-        source="lr: 1e-5 of CogVideo#116 (a tenth of the nano's, too, as muP would have it, which did not hold between two small "
-        "bases: sweep); optimizer: a 5B model's states do not fit 24 GB otherwise",
+        source=dict(
+            lr="1e-5 of CogVideo#116 (a tenth of the nano's, too, as muP would have it, which did not hold between two small "
+            "bases: sweep)",
+            optimizer="a 5B model's states do not fit 24 GB otherwise",
+        ),
     ),
 }  # fmt: skip
 
@@ -224,21 +233,18 @@ def resolve(config, base=None):
     check_numbers(config)
     base = base or find_base(config.model)
     recipe = dict(RECIPES["nano" if base.width < 1000 else "large", config.method])
-    source, why = recipe.pop("source"), []
+    source, why = dict(recipe.pop("source")), []
     taken = {k: v for k, v in recipe.items() if getattr(config, k) is None}
     native = {"frames": base.frames, "height": base.height, "width": base.width_px, "fps": base.fps}
     native = {k: v for k, v in native.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **taken, **native)
     if config.optimizer == "lion8bit" and "lr" in taken:
         taken["lr"] = config.lr = config.lr / LION
-        source += f"; the rate over {LION} for Lion, each of whose steps is a full one (arXiv 2302.06675: 3 to 10)"
+        source["lr"] += f"; over {LION} for Lion, each of whose steps is a full one (arXiv 2302.06675: 3 to 10)"
     if taken:
-        why.append(
-            (
-                "recipe",
-                ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items()) + f" ({source})",
-            )
-        )
+        told = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items())
+        reasons = "; ".join(f"{k}: {reason}" for k, reason in source.items() if k in taken)
+        why.append(("recipe", f"{told} ({reasons})" if reasons else told))
     cell = base.spatial * base.patch
     for name in ("height", "width"):
         if getattr(config, name) % cell:

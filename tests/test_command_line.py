@@ -75,7 +75,15 @@ def test_the_main_job_as_a_user_starts_it(tmp_path):
     assert done.returncode == 0, done.stderr
     run = done.stdout.splitlines()[-1].removeprefix("results in ")
     assert json.loads(open(f"{run}/summary.json").read())["steps"] == 4
-    for word in ("model", "LoRA, rank 32, alpha 32", "10 clips", "recipe", "arithmetic", "distortion of the samples", "concept score"):
+    for word in (
+        "model",
+        "LoRA, rank 32, alpha 32",
+        "10 clips",
+        "recipe",
+        "arithmetic",
+        "distortion of the samples",
+        "concept score",
+    ):
         assert word in done.stdout
     prompt = "a spider named kumo moving left over water"
     command = [sys.executable, str(ROOT / "cogvideo_lite.py"), "--sample", prompt, "--run", run, "--out", "mine"]

@@ -215,6 +215,12 @@ def test_a_large_model_that_cannot_step_inside_backward_says_why(quick, monkeypa
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
+def test_the_reason_of_a_rate_is_told_where_the_recipe_has_chosen_it():
+    chosen, given = (dict(cl.resolve(cl.Config(method="full", lr=lr))[2])["recipe"] for lr in (None, 1e-3))
+    assert "lr 0.0001" in chosen and "lr: the lowest held-out loss" in chosen
+    assert "lr" not in given and "steps 400" in given
+
+
 def test_lion_takes_a_fifth_of_the_recipes_rate_unless_told_otherwise(quick):
     for lr, expected in ((None, 2e-5), (3e-4, 3e-4)):
         config = cl.resolve(cl.Config(model=str(NANO), method="full", optimizer="lion8bit", lr=lr))[0]
