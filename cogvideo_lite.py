@@ -2064,9 +2064,11 @@ def concept_truth(config):
     name in `CONCEPT`). None for other clips: of these, the held-out loss tells whether they were learned."""
     if resolve_path(config.data) != HERE / "data_samples/spider":
         return None
+    if "make_samples" in sys.modules:  # as in the lessons
+        return sys.modules["make_samples"]
     spec = importlib.util.spec_from_file_location("make_samples", HERE / "data_samples/make_samples.py")
     truth = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("make_samples", truth)  # dataclasses look their module up
+    sys.modules["make_samples"] = truth  # dataclasses look their module up
     spec.loader.exec_module(truth)
     return truth
 

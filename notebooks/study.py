@@ -1913,9 +1913,8 @@ def main(argv=None):
         "answers": lambda: answers(args.questions),
         "agreement": agreement,
     }
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # of processes to come, numpy's threads too: they would wait for one another
+    # Of processes to come, numpy's threads too: they would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     cv2.setNumThreads(1)  # as fast at these sizes, and the same on any machine
     torch.set_num_threads(1)
     cl.quiet_libraries()
