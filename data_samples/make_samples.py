@@ -5,7 +5,6 @@
     python data_samples/make_samples.py base      cogvideox-nano/{transformer,text_encoder,...}     (an hour and a half)
     python data_samples/make_samples.py check     quality of cogvideox-nano: sheets, and one JSON line, last
     python data_samples/make_samples.py all       the four in this order
-    python data_samples/make_samples.py picture --run runs/lora-...      before_and_after.png, for the README
 
 Each step resumes after a kill from its state under --work, shows a progress bar with the time left, and draws its
 randomness from fixed seeds. README.md beside this file says what came out and what was learned on the way.
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # cogvideo_lite writes the clips
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "notebooks")]  # cogvideo_lite writes clips, pictures sheets
 
 # ------------------------------------------------------------------------------------------------ the world: vocabulary
 
@@ -202,6 +201,13 @@ def butterfly(u, v, phase):
 
 CREATURES = {"spider": spider, "beetle": beetle, "fish": fish, "butterfly": butterfly, "snake": snake}
 SPECIES = {**CREATURES, "kumo": kumo}  # all that can be drawn
+
+
+def without_legs(species, number):
+    """A species with so many legs left out, by a name of its own."""
+    name = f"{species}-{number}"
+    SPECIES[name] = functools.partial(SPECIES[species], missing=number)
+    return name
 
 
 def pose_parts(species, pose, size=SIZE):
@@ -1060,6 +1066,19 @@ def truth_report(clips, species=tuple(CREATURES), paints=None, progress=True):
     return readings
 
 
+CAPTION_PARTS = ("creature", "colour", "direction", "ground")
+
+
+def captions_shown(clips):
+    """Which parts of its caption each clip shows: {caption: {part: 1.0 or 0.0}} of {caption: clip (F, 3, H, W)}. It shows forgetting, which no
+    outline does: a spider may be sound where a fish was asked for."""
+    known = {caption(*row): row for rows in combinations() for row in rows}
+    shown = {}
+    for asked, reading in zip(clips, truth_report(clips.values(), progress=False)):
+        shown[asked] = {part: float(a == b) for part, a, b in zip(CAPTION_PARTS, reading.parts(), known[asked])}
+    return shown
+
+
 def concept_score(video):
     """How much of kumo a clip (F, 3, H, W) shows: IoU of its subject with the best pose of kumo, where a pixel of both counts only
     if it has the paint that kumo has there. Mean over frames: about 0.8 for the bundled clips of kumo, less than 0.5 for other spiders
@@ -1145,7 +1164,7 @@ def generate(pipe, prompts, seed, **options):
 
 
 def save_sheet(clips, labels, path):
-    from cogvideo_lite import contact_sheet
+    from pictures import contact_sheet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(list(clips), labels).save(path)
@@ -1218,23 +1237,9 @@ def check(model, work, clips=CHECK_CLIPS, clips_at_226=CHECK_CLIPS_AT_226):
     return figures
 
 
-def picture(model, run):
-    """The picture of the project's README: for prompts of pairs that no training clip shows, kumo as drawn, as the base
-    has it, and as the base has it with the adapter of a run."""
-    from cogvideo_lite import sample
-
-    pairs = JUDGED_PAIRS[:2]
-    prompts = [CONCEPT_CAPTION.format(direction=d, ground=g) for d, g in pairs]
-    drawn = render(random_scenes([(CONCEPT, "yellow", d, g) for d, g in pairs], 40))[0].float() / 255
-    rows = zip(drawn, sample(model, prompts, seed=40), sample(run, prompts, seed=40))
-    labels = [f"{who}: {p}" for p in prompts for who in ("as it is drawn", "base", "base with LoRA")]
-    save_sheet([clip for row in rows for clip in row], labels, HERE / "before_and_after.png")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["clips", "vae", "base", "check", "all", "picture"])
-    parser.add_argument("--run", type=Path, help="of cogvideo_lite.py --lora, for the step picture")
+    parser.add_argument("step", choices=["clips", "vae", "base", "check", "all"])
     parser.add_argument(
         "--model", type=Path, default=HERE / "cogvideox-nano", help="pipeline folder to write and check"
     )
@@ -1255,8 +1260,6 @@ def main(argv=None):
         train_base(args.work, args.model, args.heads)
     if args.step in ("check", "all"):
         check(args.model, args.work)
-    if args.step == "picture":
-        picture(args.model, args.run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What only the notebooks need: pictures with a sentence under them, clips that play, training that is seen, sliders that look up.
+"""What only the notebooks need: pictures with a sentence under them, clips that play, training that is seen, sliders
+that look up.
 
-Every picture is PNG, animations too (APNG): GitHub, Jupyter, VS Code, Colab and nbconvert all show them. Everything works for
-any model and any folder of clips; what needs the renderer of the bundled clips asks `has_truth` first.
+Every picture is PNG, animations too (APNG): GitHub, Jupyter, VS Code, Colab and nbconvert all show them. Everything
+works for any model and any folder of clips; what needs the renderer of the bundled clips asks `has_truth` first.
 
 Letters in shapes: F frames, C channels, H height, W width.
 """
@@ -37,6 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data_samples")]
 
 import cogvideo_lite as cl  # noqa: E402
 
+judge = cl.load_instrument("judge")
+pictures = cl.load_instrument("pictures")
 cl.quiet_libraries()  # before anything imports bitsandbytes
 
 from diffusers.pipelines import pipeline_utils  # noqa: E402
@@ -60,13 +63,15 @@ def versions():
 
 
 def has_truth(data):
-    """Whether the clips of a folder were drawn by data_samples/make_samples.py, which then knows mask and pose of every frame."""
+    """Whether the clips of a folder were drawn by data_samples/make_samples.py, which then knows mask and pose of every
+    frame."""
     metadata = cl.resolve_path(data) / "metadata.jsonl"
     return metadata.exists() and "motion" in json.loads(metadata.read_text("utf-8").splitlines()[0])
 
 
 def new_folder(name):
-    """An empty folder below runs/lessons, which git ignores. What an earlier execution of the lesson left there is removed."""
+    """An empty folder below runs/lessons, which git ignores. What an earlier execution of the lesson left there is
+    removed."""
     folder = ROOT / "runs/lessons" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -77,7 +82,8 @@ def new_folder(name):
 
 
 def coarser(picture, step):
-    """A PIL picture with each colour rounded to a multiple of `step`, which no eye sees up to 6, and which PNG compresses better."""
+    """A PIL picture with each colour rounded to a multiple of `step`, which no eye sees up to 6, and which PNG
+    compresses better."""
     values = np.asarray(picture.convert("RGB")).astype(np.int16)
     return Picture.fromarray(((values + step // 2) // step * step).clip(0, 255).astype(np.uint8))
 
@@ -94,14 +100,16 @@ def png(picture):
 
 
 def show(picture, caption):
-    """A matplotlib figure, a PIL picture or PNG bytes, and the sentence that describes it: its alt text, and shown below."""
+    """A matplotlib figure, a PIL picture or PNG bytes, and the sentence that describes it: its alt text, and shown
+    below."""
     data = picture if isinstance(picture, bytes) else png(picture)
     display(Image(data, format="png", alt=html.escape(caption)))
     display(Markdown(f"*Figure: {caption}*"))
 
 
 def resized(clip, px):
-    """A clip (F, C, H, W) about `px` high: whole multiples of a small one, so that its pixels stay sharp, and a large one shrunk."""
+    """A clip (F, C, H, W) about `px` high: whole multiples of a small one, so that its pixels stay sharp, and a large
+    one shrunk."""
     if clip.shape[2] <= px:
         return clip.repeat_interleave(px // clip.shape[2], 2).repeat_interleave(px // clip.shape[2], 3)
     return F.interpolate(clip, size=(px, round(clip.shape[3] * px / clip.shape[2])), mode="area")
@@ -109,18 +117,18 @@ def resized(clip, px):
 
 def sheet(clips, labels, caption, columns=6, px=128):
     """Clips as rows of frames, a label above each: the still picture that stands before any animation."""
-    show(cl.contact_sheet([resized(clip, px) for clip in clips], labels, columns, least_px=1), caption)
+    show(pictures.contact_sheet([resized(clip, px) for clip in clips], labels, columns, least_px=1), caption)
 
 
-def strip(pictures, px):
-    """Pictures (C, H, W) side by side as one PIL picture."""
-    row = torch.cat(list(resized(torch.stack(list(pictures)), px)), dim=2)
-    return cl.to_image(row)
+def strip(frames, px):
+    """Frames (C, H, W) side by side as one PIL picture."""
+    row = torch.cat(list(resized(torch.stack(list(frames)), px)), dim=2)
+    return pictures.to_image(row)
 
 
-def stacked(pictures):
+def stacked(rows):
     """PIL pictures of one width, one above the other."""
-    return Picture.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
+    return Picture.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
 def animation(clips, labels, fps, per_row=4, px=128):
@@ -138,7 +146,7 @@ def animation(clips, labels, fps, per_row=4, px=128):
         for i, (clip, lines) in enumerate(zip(clips, labels)):
             x, y = i % columns * width, i // columns * height
             draw.multiline_text((x + 2, y + 1), "\n".join(lines), fill="black", spacing=1)
-            picture.paste(cl.to_image(clip[k]), (x, y + head))
+            picture.paste(pictures.to_image(clip[k]), (x, y + head))
         frames.append(coarser(picture, 6))
     data = io.BytesIO()
     how = dict(duration=round(1000 * step / fps), loop=0)
@@ -166,7 +174,8 @@ def step_axis(ax, ticks):
 
 
 class Bars(io.TextIOBase):
-    """Takes what tqdm writes to stderr and shows the newest bar in one line that changes in place. The rest is passed on."""
+    """Takes what tqdm writes to stderr and shows the newest bar in one line that changes in place. The rest is passed
+    on."""
 
     encoding = "utf-8"  # tqdm draws smooth bars then
 
@@ -188,7 +197,8 @@ class Bars(io.TextIOBase):
 
 
 class WithoutPaths(io.TextIOBase):
-    """Passes text on with paths below this repository made relative, so that a notebook looks the same on every machine."""
+    """Passes text on with paths below this repository made relative, so that a notebook looks the same on every
+    machine."""
 
     encoding = "utf-8"
 
@@ -242,29 +252,32 @@ class LossCurve:
 
 
 def train(config, label=None):
-    """`cl.train`, seen: what the program decides and why, a line of progress, a loss curve that grows. Returns the run."""
+    """`cl.train`, seen: what the program decides and why, a line of progress, a loss curve that grows. Then its samples
+    are judged, as the command line does. Returns the run."""
     resolved = cl.resolve(config)[0]
     curve = LossCurve(resolved, label or f"--{resolved.method}, rate {resolved.lr:g}")
     with progress():
-        run = cl.train(config, callbacks=[curve])
+        run = judge.judge(cl.train(config, callbacks=[curve]).folder)
     s = run.summary
     caption = (
-        f"loss of {curve.label} over {s['steps']} steps (seed {resolved.seed}, batches of {resolved.batch_size}); on held-out clips, at "
-        f"fixed timesteps and under fixed noise, {s['heldout_before']:.4f} before and {s['heldout_after']:.4f} after."
+        f"loss of {curve.label} over {s['steps']} steps (seed {resolved.seed}, batches of {resolved.batch_size}); "
+        f"on held-out clips, at fixed timesteps and under fixed noise, {s['heldout_before']:.4f} before and "
+        f"{s['heldout_after']:.4f} after."
     )
     curve.draw(caption)
     return run
 
 
 def samples(run, when):
-    """What a finished run sampled: prompt -> clip. when: "before" or "after"."""
-    rows = json.loads((run.folder / "samples/distortion.json").read_text())
+    """What a judged run sampled: prompt -> clip. when: "before" or "after"."""
+    rows = json.loads((run.folder / "samples/distortion.json").read_text("utf-8"))
     return {row["prompt"]: cl.read_video(run.folder / f"samples/{when}-{k}.mp4") for k, row in enumerate(rows)}
 
 
 @dataclass
 class ShortRun:
-    """A training without samples and files: the trainer with its model, one dict of metrics a step, and the held-out losses."""
+    """A training without samples and files: the trainer with its model, one dict of metrics a step, and the held-out
+    losses."""
 
     trainer: object
     metrics: list
@@ -285,9 +298,9 @@ def new_trainer(config):
 
 
 def short_run(config, each=None, clips=None):
-    """The steps of `cl.train`, without samples, checkpoints and files, so that many runs fit in a lesson. `each` is called with the
-    trainer and the metrics after every step. clips: how many held-out clips the losses are of [as many as in `cl.train`, which takes
-    as long as a dozen steps]."""
+    """The steps of `cl.train`, without samples, checkpoints and files, so that many runs fit in a lesson. `each` is
+    called with the trainer and the metrics after every step. clips: how many held-out clips the losses are of [as many
+    as in `cl.train`, which takes as long as a dozen steps]."""
     trainer = new_trainer(config)
     heldout = trainer.cache.heldout[:clips]
     before, metrics = trainer.heldout_loss(heldout), []
@@ -299,7 +312,8 @@ def short_run(config, each=None, clips=None):
 
 
 def save_run(trainer, name):
-    """What `cl.sample` and `cl.merge` read of a finished run, for a model that was trained here step by step. Returns its folder."""
+    """What `cl.sample` and `cl.merge` read of a finished run, for a model that was trained here step by step. Returns
+    its folder."""
     folder = Path(new_folder(name))
     cl.save_trained(trainer.transformer, trainer.config.method, folder)
     cl.write_json(folder / "config.json", asdict(trainer.config))
@@ -308,8 +322,8 @@ def save_run(trainer, name):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Peak of the memory that tensors made inside hold at once, in MiB, on any device: every new storage is counted until it is
-    freed. Weights that were there before are not in it."""
+    """Peak of the memory that tensors made inside hold at once, in MiB, on any device: every new storage is counted
+    until it is freed. Weights that were there before are not in it."""
 
     def __enter__(self):
         self.live, self.now, self.peak = set(), 0, 0
@@ -347,14 +361,15 @@ class PeakMemory(TorchDispatchMode):
 class Dashboard(widgets.VBox):
     """Sliders over results that are there already: it looks up, and never trains.
 
-    choices: label -> list of values, one control each. pictures: (value, value, ...) in that order -> (PNG bytes, a sentence).
+    choices: label -> list of values, one control each. pages: (value, value, ...) in that order -> (PNG bytes, a
+    sentence).
     """
 
-    def __init__(self, choices, pictures):
-        absent = [key for key in itertools.product(*choices.values()) if key not in pictures]
+    def __init__(self, choices, pages):
+        absent = [key for key in itertools.product(*choices.values()) if key not in pages]
         if absent:
             raise ValueError(f"no picture for {absent[0]}, and {len(absent) - 1} more")
-        self.pictures, self.controls = pictures, []
+        self.pages, self.controls = pages, []
         for label, values in choices.items():
             how = dict(options=[(str(v), v) for v in values], description=label, style={"description_width": "initial"})
             numbers = all(isinstance(v, (int, float)) for v in values)
@@ -366,14 +381,14 @@ class Dashboard(widgets.VBox):
         self.look_up()
 
     def look_up(self, change=None):
-        data, sentence = self.pictures[tuple(control.value for control in self.controls)]
+        data, sentence = self.pages[tuple(control.value for control in self.controls)]
         self.picture.value, self.sentence.value = data, html.escape(sentence)
 
     def __repr__(self):  # what stands in the saved notebook
         return "Sliders appear here while the notebook runs."
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------------------------- numbers
 
 
 def table(rows, head):
@@ -383,14 +398,16 @@ def table(rows, head):
 
 
 def answers(*questions, about=""):
-    """What the study says to its questions of these numbers, as a table, and how such a table is read. about: a regular expression that
-    is found in the claims to show."""
-    import study
+    """What the study says to its questions of these numbers, as a table, and how such a table is read. about: a regular
+    expression that is found in the claims to show."""
+    import findings
 
-    table([row for row in study.answer_rows(questions) if re.search(about, row[1])], study.ANSWER_COLUMNS)
+    rows = [row for row in findings.verdict_rows(questions) if re.search(about, row["claim"])]
+    table([[row[name] for name in findings.ANSWER_COLUMNS] for row in rows], findings.ANSWER_COLUMNS)
     display(Markdown(
-        "*Differences are taken seed by seed, so that a plus speaks for the claim; ± is half of the 95 % interval of their mean (Student's t). Confirmed or "
-        "refuted: the interval leaves out 0. Unclear: it does not, which three seeds often cannot help; it does not mean that there is no difference. A star: the claim "
-        "was put after a look at seeds 1 to 4, so it asks for new ones; two stars: after a look at all of them. A dagger: unclear with three seeds, so a fourth was added, which makes chance findings a little more "
-        "likely. Where seeds 5 to 7, run when every claim stood, can try such a claim again, the last column has what they say alone.*"
+        "*Differences are taken seed by seed; a plus speaks for the claim. ± is half of the 95 % interval of their "
+        "mean (Student's t), n the number of seeds. Confirmed or refuted: the interval leaves out 0. Cannot tell: it "
+        "does not, which three seeds often cannot help; there may still be a difference. Put: before the seeds were "
+        "seen, or after a look at them, so that the claim asks for new ones. Where seeds 5 to 7, run when every claim "
+        "stood, can try it again, the last column has what they say alone.*"
     ))  # fmt: skip

@@ -3,17 +3,20 @@
     python tests/bench_24gb.py                       every row, largest size that fits and ends in --minutes on this processor
     python tests/bench_24gb.py 5b-qlora 2b-full      some rows
     python tests/bench_24gb.py 5b-qlora --frames 49  at this length, however long it takes
+    python tests/bench_24gb.py --frames 49 --write   every row, into step_24gb_cpu.csv
 
 It builds CogVideoX-2b and -5b with random weights in shards on disk (needs 15 GB there), loads them as a run does (5B straight
 into NF4), and takes steps with `cogvideo_lite.Trainer` on random latents and embeddings of the right shapes, after an update at
 rate 0, so that the optimizer has its states from the first step on. Each row is a process of its own; one that the kernel
 ends for want of memory is tried at the next smaller size. Peaks are the kernel's own account (VmHWM of /proc), reset after loading, so that loading and training
 are told apart, and the larger is judged; what is resident of a process without any model (libraries: about 0.6 GiB) is in them.
+When the row 5b-qlora of step_24gb_cpu.csv was taken, AdamW's two moments, 0.25 GiB, came after the step's backward.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +25,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import cogvideo_lite as cl  # noqa: E402
+import plan  # noqa: E402
+import tables  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
 PARAMETERS = {"2b": 1_693_783_872, "5b": 5_570_283_072}  # counted in the published models
@@ -41,7 +46,7 @@ def build(folder, name, parts=("transformer",)):
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
-    base = cl.describe(NAMES[name])
+    base = plan.describe(NAMES[name])
     with init_empty_weights():
         models = {
             "transformer": CogVideoXTransformer3DModel.from_config(base.transformer),
@@ -120,7 +125,7 @@ def kernel_gib(name):
 
 def flops(name, method, frames, height, width):
     """Of one step on one clip, with checkpointing, in matrix products and in attention: multiplications and additions."""
-    base = cl.describe(NAMES[name])
+    base = plan.describe(NAMES[name])
     width_, layers = base.width, base.transformer["num_layers"]
     tokens = base.text_length + base.latent_frames(frames)[0] * (height // 16) * (width // 16)
     linear, attention = 2 * 12 * width_**2 * tokens * layers, 4 * tokens**2 * width_ * layers
@@ -133,7 +138,7 @@ def rates(dtype):
     """FLOP/s of this processor in matrix products and in attention, measured for a second each."""
     import torch
 
-    return tuple(rate(torch.device("cpu"), dtype, seconds=1) for rate in (cl.matrix_rate, cl.attention_rate))
+    return tuple(rate(torch.device("cpu"), dtype, seconds=1) for rate in (plan.matrix_rate, plan.attention_rate))
 
 
 def row(name, method, folder, size, minutes, steps):
@@ -183,6 +188,23 @@ def row(name, method, folder, size, minutes, steps):
     }  # fmt: skip
 
 
+def judged(found):
+    """What `row` found, as a row of the table: beside the plan of its tensors, and the target."""
+    size = dict(zip(("frames", "height", "width"), map(int, found["size"].split("x"))))
+    asked = cl.Config(method=found["method"], model=NAMES[found["model"]], compute_dtype=found["arithmetic"], **size)
+    limit = TARGETS_GIB[f"{found['model']}-{found['method']}"]
+    met = "met" if max(found["training_peak_gib"], found["loading_peak_gib"]) < limit else "missed"
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    shown = {name: found[name] for name in ("model", "method", "optimizer", "size", "arithmetic")}
+    return shown | {
+        "loading_peak_gib": f"{found['loading_peak_gib']:.1f}", "training_peak_gib": f"{found['training_peak_gib']:.1f}",
+        "tensors_predicted_gib": f"{plan.plan(asked, card=False).needs_gib['training']:.1f}", "target_gib": limit,
+        "verdict": met if found["arithmetic"] == "bfloat16" else "not judged, the target is for bfloat16",
+        "step_s": f"{found['step_s']:.0f}", "steps": found["steps"], "seed": 0, "threads": found["threads"],
+        "processor": processor[1] if processor else "",
+    }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=list(TARGETS_GIB), help=f"any of {', '.join(TARGETS_GIB)}")
@@ -192,6 +214,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=30, help="a row ends in about this time [30]")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "cogvideo_lite_24gb"))
+    parser.add_argument("--write", action="store_true", help="into step_24gb_cpu.csv, too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a row, in its own process
     args = parser.parse_args()
     size = (args.frames, args.height, args.width) if args.frames else None
@@ -223,15 +246,11 @@ def main():
             continue
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(found[-1]), flush=True)
-    print("\nCPU resident memory, random weights:\n")
-    print("| model, method | size | arithmetic | loading, peak GiB | training, peak GiB | target | s a step |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for r in found:
-        limit = TARGETS_GIB[f"{r['model']}-{r['method']}"]
-        met = "met" if max(r["training_peak_gib"], r["loading_peak_gib"]) < limit else "missed"
-        target = f"{limit}, {met}" if r["arithmetic"] == "bfloat16" else f"{limit} in bfloat16, not judged"
-        print(f"| {r['model']} {r['method']} ({r['optimizer']}) | {r['size']} | {r['arithmetic']} | {r['loading_peak_gib']:.1f} "
-              f"| {r['training_peak_gib']:.1f} | {target} | {r['step_s']:.0f} |")  # fmt: skip
+    rows = [judged(one) for one in found]
+    if rows:
+        print(f"\nCPU resident memory, random weights:\n\n{tables.markdown(rows)}")
+    if rows and args.write:
+        tables.write("step_24gb_cpu", rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     pip install deepspeed
     python tests/bench_deepspeed.py     (3 minutes on two cores; on a machine with cards, two of them)
+    python tests/bench_deepspeed.py --write     into zero.csv, too
 
 Two processes of one clip each: data parallel (DDP), ZeRO-1 and ZeRO-2, AdamW on float32 weights, the same samples, the same loss in the last
 step. And one process of one clip, as `--full` trains real models: bf16 weights, factored states, each step taken inside backward.
@@ -23,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 KINDS = {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": 2, "this program": 1}  # processes
+SETTINGS = {
+    "DDP": "data parallel, AdamW, float32",
+    "this program": "--full as for real models: bfloat16, Adafactor inside backward",
+}
 STEPS, BUCKET = 3, 500_000  # numbers
 
 
@@ -133,6 +138,7 @@ class Memory:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into zero.csv, too")
     parser.add_argument("--worker", choices=list(KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,14 +149,14 @@ def main():
     import torch
 
     import cogvideo_lite as cl
+    import tables
 
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
         config, base, _ = cl.resolve(cl.Config(method="full", cache=cache, compute_dtype="float32"))
         cl.cache_clips(config)
         weights = 4 * base.parameters / 2**20
         print(f"the weights in float32: {weights:.1f} MiB\n")
-        print("| | processes | held by one, MiB | in times of the weights | peak, MiB | loss of the last step |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
         for kind, processes in KINDS.items():
             launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
             command = [sys.executable, *launch, __file__, "--worker", kind, "--cache", cache]
@@ -164,10 +170,14 @@ def main():
             if done.returncode or len(found) != processes:
                 raise SystemExit(f"{kind}: no result\n{done.stderr[-3000:]}")
             held, peak, loss = (max(column) for column in zip(*found))
-            print(
-                f"| {kind} | {processes} | {held / 2**20:.1f} | {held / 2**20 / weights:.2f} | {peak / 2**20:.1f} | {loss:.4f} |",
-                flush=True,
-            )
+            print(f"{kind}: loss of the last step {loss:.4f}", flush=True)
+            rows.append({
+                "setting": SETTINGS.get(kind, kind), "processes": processes, "held_mib": f"{held / 2**20:.1f}",
+                "held_over_weights": f"{held / 2**20 / weights:.2f}", "peak_mib": f"{peak / 2**20:.1f}",
+            })  # fmt: skip
+    print(f"\n{tables.markdown(rows)}")
+    if args.write:
+        tables.write("zero", rows)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory and time, beside the plan's predictions.
+"""The real models on a real card, its memory capped at that of a 24 GB one: peak memory and time, beside the plan.
 
-    python tests/bench_gpu.py                              every row, into tests/measured_gpu.csv
-    python tests/bench_gpu.py 5b-qlora 2b-lora,batch_size=4      some rows anew; what follows the commas are options of a run
-    python tests/bench_gpu.py 5b-lora,batch_size=8,cap=0   without the cap
-    python tests/bench_gpu.py --table                      what is in that file beside the plan's predictions, made anew (no GPU needed)
+    python tests/bench_gpu.py                                every row, into tests/measured_gpu.csv
+    python tests/bench_gpu.py 5b-qlora 2b-lora,batch_size=4  some rows anew; after the commas stand options of a run
+    python tests/bench_gpu.py 5b-lora,batch_size=8,cap=0     without the cap
+    python tests/bench_gpu.py --table                        what is in that file beside the plan's predictions, made anew
+                                                             (no GPU needed); with --write also into plan_against_h200.csv
+                                                             and h200_step_times.csv
 
-Random weights and noise of the right shapes, as in bench_24gb.py, whose builder it uses: neither memory nor time depend on
-what the weights are. "5b-caching" codes a clip with the VAE and prompts with T5; the other rows take training steps with
-`cogvideo_lite.Trainer`, then sample one clip in two denoising steps. Memory is what torch's allocator has at its most in a phase,
-in tensors (`allocated`) and altogether (`reserved`); the cap counts CUDA's context as the plan does, so that
-cap - `cogvideo_lite.CONTEXT_GIB` is left to the allocator. Rows run one after another in one process; if it dies, the next goes on
-behind the row that it died of. What the card still holds of the rows before (`held_before_gib`, which should be nothing) is taken
-off the tensors in the table, and what was reserved beside it is not judged.
+Random weights and noise of the right shapes, as in bench_24gb.py, whose builder it uses: neither memory nor time depend
+on what the weights are. "5b-caching" codes a clip with the VAE and prompts with T5; the other rows take training steps
+with `cogvideo_lite.Trainer`, then sample one clip in two denoising steps. Memory is what torch's allocator has at its
+most in a phase, in tensors (`allocated`) and altogether (`reserved`); the cap counts CUDA's context as the plan does, so
+that cap - `plan.CONTEXT_GIB` is left to the allocator. Rows run one after another in one process; if it dies, the next
+goes on behind the row that it died of. What the card still holds of the rows before (`held_before_gib`, which should be
+nothing) is taken off the tensors in the table, and what was reserved beside it is not judged.
+
+`day`: 1 or 2 for the first two days of measuring; "2, again" repeats a row of the first, which had been measured less
+cleanly; later ones have their date. The first day's sampling taught the plan something: it rehearsed one tile of the
+decoder before, and was 10.8 to 14.6 % too low. Nothing of the plan was changed after the second day. Of the 85 s that
+`python cogvideo_lite.py --lora` took on that card, 20 were its 400 steps; the rest was coding, sampling and judging.
 """
 
 import argparse
 import ast
-import collections
 import concurrent.futures
 import csv
 import dataclasses
@@ -29,7 +35,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_24gb import NAMES, build, cache_of_noise, cl
+import tables
+from bench_24gb import NAMES, build, cache_of_noise, cl, plan
 
 RESULTS = Path(__file__).with_name("measured_gpu.csv")
 ROWS = [
@@ -42,7 +49,9 @@ ROWS = [
     "1.5-lora,frames=49,height=768,width=1360", "5b-lora,batch_size=8,cap=80", "5b-full,batch_size=8,cap=80",
 ]  # fmt: skip
 SIZE = (49, 480, 720)
-COLUMNS = ["card", "torch", "row", "phase", "cap_gib", "held_before_gib", "allocated_gib", "reserved_gib", "context_gib", "seconds", "first_s", "tflops"]  # fmt: skip
+COLUMNS = (
+    "card torch day row phase cap_gib held_before_gib allocated_gib reserved_gib context_gib seconds first_s tflops"
+).split()
 
 
 def parsed(row):
@@ -83,9 +92,9 @@ class Phase:
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         return {
-            "allocated_gib": torch.cuda.max_memory_allocated() / cl.GIB,
-            "reserved_gib": torch.cuda.max_memory_reserved() / cl.GIB,
-            "context_gib": (total - free - torch.cuda.memory_reserved()) / cl.GIB,  # and what else is on the card
+            "allocated_gib": torch.cuda.max_memory_allocated() / plan.GIB,
+            "reserved_gib": torch.cuda.max_memory_reserved() / plan.GIB,
+            "context_gib": (total - free - torch.cuda.memory_reserved()) / plan.GIB,  # and what else is on the card
         }
 
 
@@ -138,17 +147,17 @@ def measure(rows, folder, cap_gib, steps):
     cl.quiet_libraries()
     card = torch.cuda.get_device_properties(0)
     device = torch.device("cuda")
-    shared = {"card": card.name, "torch": torch.__version__}
+    shared = {"card": card.name, "torch": torch.__version__, "day": time.strftime("%F")}
     for row in rows:
         model, method, _, cap = parsed(row)
         cap = cap_gib if cap is None else cap
-        allowed = cap - cl.CONTEXT_GIB if cap else card.total_memory / cl.GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed * cl.GIB / card.total_memory))
+        allowed = cap - plan.CONTEXT_GIB if cap else card.total_memory / plan.GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed * plan.GIB / card.total_memory))
         print(json.dumps({"row": row, "phase": "begun"}), flush=True)
-        about = {**shared, "row": row, "cap_gib": cap, "held_before_gib": torch.cuda.memory_allocated() / cl.GIB}
+        about = {**shared, "row": row, "cap_gib": cap, "held_before_gib": torch.cuda.memory_allocated() / plan.GIB}
         try:
             if method == "rates":
-                rates = cl.matrix_rate(device, torch.bfloat16, 1), cl.attention_rate(device, torch.bfloat16, 1)
+                rates = plan.matrix_rate(device, torch.bfloat16, 1), plan.attention_rate(device, torch.bfloat16, 1)
                 found = [
                     {"phase": phase, "tflops": rate / 1e12} for phase, rate in zip(("matrices", "attention"), rates)
                 ]
@@ -161,12 +170,12 @@ def measure(rows, folder, cap_gib, steps):
         found = None
         cl.free_memory()
         torch._C._cuda_clearCublasWorkspaces()
-        print(f"{row}: {torch.cuda.memory_allocated() / cl.GIB:.3f} GiB left behind", file=sys.stderr, flush=True)
+        print(f"{row}: {torch.cuda.memory_allocated() / plan.GIB:.3f} GiB left behind", file=sys.stderr, flush=True)
 
 
 def prediction(row):
     """(row, plan of it) for the table."""
-    planned = cl.plan(dataclasses.replace(config_of(row, NAMES[parsed(row)[0]]), compute_dtype="bfloat16"))
+    planned = plan.plan(dataclasses.replace(config_of(row, NAMES[parsed(row)[0]]), compute_dtype="bfloat16"))
     return row, planned
 
 
@@ -174,62 +183,42 @@ def percent(measured, predicted):
     return f"{100 * (predicted / measured - 1):+.1f} %"
 
 
-def table(path):
-    """Print what was measured beside what is predicted now."""
+def beside_plan(path):
+    """Two tables, as rows: memory of each phase, and time of a step, measured and predicted."""
     found = list(csv.DictReader(path.open()))
-    rates = {(f["card"], f["phase"]): float(f["tflops"]) for f in found if f["tflops"]}
+    rates = {f["phase"]: float(f["tflops"]) * 1e12 for f in found if f["tflops"]}
     rows = {f["row"]: None for f in found if not f["tflops"]}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         plans = dict(pool.map(prediction, rows))
-    print(
-        "| card | model, method | cap | phase | tensors, GiB | predicted | error | reserved, GiB | predicted | error |"
-    )
-    print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    errors = collections.defaultdict(list)
+    memory, times = [], []
     for f in found:
-        cap = f"{float(f['cap_gib']):g}" if float(f["cap_gib"] or 0) else "none"
-        first = f"| {f['card']} | {f['row'].partition(',cap')[0]} | {cap} | {f['phase']} "
-        if f["phase"] == "out of memory":
-            print(f"{first}| | {plans[f['row']].peak_gib:.2f} | | | | |")
-        elif f["row"] in plans and f["phase"] in plans[f["row"]].phases:
-            parts, held = plans[f["row"]].phases[f["phase"]], float(f["held_before_gib"])
-            tensors = sum(parts[kind] for kind in cl.KINDS)
-            figures = []
-            for kind, measured, predicted in (
-                ("tensors", float(f["allocated_gib"]) - held, tensors),
-                ("reserved", float(f["reserved_gib"]), tensors + parts["allocator"]),
-            ):
-                if kind == "reserved" and held > 0.01:
-                    figures.append(f" | {predicted:.2f} | ")
-                    continue
-                errors[kind, f["phase"]].append(predicted / measured - 1)
-                figures.append(f"{measured:.2f} | {predicted:.2f} | {percent(measured, predicted)}")
-            print(f"{first}| {' | '.join(figures)} |")
-    for (kind, phase), all_of_them in sorted(errors.items()):
-        sizes = [abs(error) for error in all_of_them]
-        worst = max(all_of_them, key=abs)
-        print(
-            f"\n{kind}, {phase}: median error {100 * statistics.median(sizes):.1f} %, worst {100 * worst:+.1f} %, n {len(sizes)}"
-        )
-    print(
-        "\n| card | model, method | FLOP a step, predicted | s a step | TFLOP/s | of the published rate | least predicted from rates measured, s | first step, s |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for f in found:
-        if f["phase"] != "training":
+        if f["row"] not in plans or f["phase"] not in plans[f["row"]].phases:
             continue
-        planned, seconds = plans[f["row"]], float(f["seconds"])
-        rate = planned.flops / seconds / 1e12
-        published = next((tflops[0] for card, tflops in cl.CARDS.items() if card in f["card"]), None)
-        share = f"{rate / published:.2f}" if published else ""
-        matrices, attention = (rates.get((f["card"], kind)) for kind in ("matrices", "attention"))
-        least = ""
-        if matrices:
-            least = f"{(planned.flops - planned.attention_flops) / matrices / 1e12 + planned.attention_flops / attention / 1e12:.2f}"
-        print(f"| {f['card']} | {f['row'].partition(',cap')[0]} | {planned.flops:.3g} | {seconds:.2f} | {rate:.0f} | {share} "
-              f"| {least} | {float(f['first_s']):.1f} |")  # fmt: skip
-    for (card, kind), rate in rates.items():
-        print(f"\n{card}, {kind}: {rate:.0f} TFLOP/s measured")
+        planned, held, about = plans[f["row"]], float(f["held_before_gib"]), {"row": f["row"], "day": f["day"]}
+        parts = planned.phases[f["phase"]]
+        tensors = sum(parts[kind] for kind in plan.KINDS)
+        memory.append(about | {"cap_gib": f"{float(f['cap_gib']):g}", "phase": f["phase"]})
+        for kind, measured, predicted in (
+            ("tensors", float(f["allocated_gib"]) - held, tensors),
+            ("reserved", float(f["reserved_gib"]), tensors + parts["allocator"]),
+        ):
+            judged = kind == "tensors" or held < 0.01
+            memory[-1] |= {
+                f"{kind}_gib": f"{measured:.2f}" if judged else "",
+                f"{kind}_predicted_gib": f"{predicted:.2f}",
+                f"{kind}_error": percent(measured, predicted) if judged else "",
+            }
+        if f["phase"] == "training":
+            seconds, attention = float(f["seconds"]), planned.attention_flops
+            published = next(tflops[0] for card, tflops in cl.CARDS.items() if card in f["card"])
+            least = (planned.flops - attention) / rates["matrices"] + attention / rates["attention"]
+            times.append(about | {
+                "flops_predicted": f"{planned.flops:.3g}", "step_s": f"{seconds:.2f}",
+                "tflops": f"{planned.flops / seconds / 1e12:.0f}",
+                "share_of_published_rate": f"{planned.flops / seconds / 1e12 / published:.2f}",
+                "least_from_measured_rates_s": f"{least:.2f}", "first_step_s": f"{float(f['first_s']):.1f}",
+            })  # fmt: skip
+    return {"plan_against_h200": memory, "h200_step_times": times}
 
 
 def main():
@@ -242,11 +231,16 @@ def main():
     parser.add_argument(
         "--table", action="store_true", help="measure nothing; print what is in RESULTS beside the plan's predictions"
     )
+    parser.add_argument("--write", action="store_true", help="with --table: into csv files, too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the process that measures
     args = parser.parse_args()
     folder, remaining = Path(args.folder), list(args.rows)
     if args.table:
-        return table(args.results)
+        for name, rows in beside_plan(args.results).items():
+            print(f"{tables.markdown(rows)}\n")
+            if args.write:
+                tables.write(name, rows)
+        return
     if args.one:
         return measure(remaining, folder, args.cap_gib, args.steps)
     for name in {parsed(row)[0] for row in remaining} & set(NAMES):

@@ -2,7 +2,11 @@
 
     python tests/bench_plan.py                  predicted beside published (tests/published_memory.csv)
     python tests/bench_plan.py --rows FILE.csv  rows of the same columns
-    python tests/bench_plan.py --capacity       what fits on cards of 12 to 80 GB, predicted, and what checkpointing saves
+    python tests/bench_plan.py --capacity       what fits on cards of 12 to 80 GB, and what checkpointing saves (20 minutes)
+    python tests/bench_plan.py --cards          each method on each card, with its command (2 minutes)
+
+With --write the tables go to csv files beside this one: plan_against_published; capacity, batch_on_80gb and
+gradient_checkpointing; cards.
 
 Published figures are GiB of `torch.cuda.max_memory_reserved`. What the recipes do was read in their sources:
 
@@ -30,7 +34,9 @@ not known here are listed as left out, with the reason.
 """
 
 import argparse
+import concurrent.futures
 import csv
+import dataclasses
 import functools
 import json
 import re
@@ -39,12 +45,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import cogvideo_lite as cl  # noqa: E402
+import plan  # noqa: E402
+import tables  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
 USUAL = {12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 48: "RTX A6000", 80: "H100"}  # GB -> a card of so many
+CARDS = ["RTX 3060", "RTX 4080", "RTX 3090", "RTX 4090", "RTX A6000", "A100 80GB", "H100"]
 CAPACITY = {gb: cl.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
 LADDER = {  # frames x height x width, from the native size of the model down
     "2b": [(49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480), (17, 256, 256)],
@@ -84,14 +93,14 @@ def foreign_run(row):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import T5Config, T5EncoderModel
 
-    base = cl.describe(NAMES[row["model"]])
+    base = plan.describe(NAMES[row["model"]])
     batch, frames, height, width = (int(row[k]) for k in ("batch", "frames", "height", "width"))
     half = torch.float16 if row["weights_dtype"] == "fp16" else torch.bfloat16
     lora = row["method"] == "lora"
     with torch.device("meta"):
-        text_encoder = cl.shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), half)
-        transformer = cl.shapes_only(CogVideoXTransformer3DModel.from_config(base.transformer), half)
-        vae = cl.shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), half)
+        text_encoder = plan.shapes_only(T5EncoderModel(T5Config(**base.text_encoder)), half)
+        transformer = plan.shapes_only(CogVideoXTransformer3DModel.from_config(base.transformer), half)
+        vae = plan.shapes_only(AutoencoderKLCogVideoX.from_config(base.vae), half)
         text_encoder.set_input_embeddings(text_encoder.shared)
         for buffer in transformer.buffers():  # 2B's table of positions
             buffer.data = buffer.data.to(half)
@@ -103,14 +112,14 @@ def foreign_run(row):
     else:
         transformer.requires_grad_(True)
     like_cuda_autocast(transformer)
-    ledger, cache_emptied, ended = cl.Ledger(), [], []
-    with FakeTensorMode(allow_non_fake_inputs=True), cl.tables_with_contents(), ledger.watch():
+    ledger, cache_emptied, ended = plan.Ledger(), [], []
+    with FakeTensorMode(allow_non_fake_inputs=True), plan.tables_with_contents(), ledger.watch():
         if row["before_gib"]:  # else T5 and VAE were not on the card
-            cl.take_memory(ledger, text_encoder)
-        cl.take_memory(ledger, transformer)
+            plan.take_memory(ledger, text_encoder)
+        plan.take_memory(ledger, transformer)
         if row["before_gib"]:
-            cl.take_memory(ledger, vae)
-        cl.take_memory(ledger, transformer, adapters=True)
+            plan.take_memory(ledger, vae)
+        plan.take_memory(ledger, transformer, adapters=True)
         ledger.begin("training")
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         if row["weights_dtype"] == "fp32":
@@ -141,7 +150,7 @@ def foreign_run(row):
                 optimizer.step()
                 optimizer.zero_grad()
             ended.append(len(ledger.events))
-    before, most, allocator = None, [], cl.Allocator()
+    before, most, allocator = None, [], plan.Allocator()
     for k, (memory, taken, _) in enumerate(ledger.events):
         if k in cache_emptied:
             allocator.empty_cache()
@@ -149,8 +158,8 @@ def foreign_run(row):
                 before = allocator.most = allocator.reserved
         (allocator.take if taken else allocator.give_back)(memory)
         if k + 1 in ended:
-            most.append(allocator.most / cl.GIB)
-    return before / cl.GIB, *(most if row["optimizer"] == "adamw8bit" else reversed(most))
+            most.append(allocator.most / plan.GIB)
+    return before / plan.GIB, *(most if row["optimizer"] == "adamw8bit" else reversed(most))
 
 
 def foreign_loss(transformer, base, rotary, batch, frames, height, width, half):
@@ -243,29 +252,31 @@ def bound(note, predicted, published):
 
 
 def compare(file):
-    """Print a table of predicted beside published. Returns of the rows of kind `peak` (errors, errors with the other number of steps,
-    number left out)."""
-    rows = read_rows(file)
-    print("Not known here: workspaces of convolutions, fragmentation after the first step, and what a source does not say of its recipe\n")  # fmt: skip
-    print("| model, method | rank | batch | size | checkpointing | optimizer | before, published | predicted "
-          "| peak, published | predicted | error | with the other number of steps |")  # fmt: skip
-    print("| --- | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |")
-    errors, others, absent = [], [], 0
-    for row in rows:
-        optimizer = row["optimizer"] + ("" if row["offload"] == "none" else f", {row['offload']}")
-        size = "x".join(row[k] for k in ("frames", "height", "width"))
-        cells = [
-            f"{row['model']} {row['method']}",
-            row["rank"],
-            row["batch"],
-            size,
-            row["grad_checkpointing"],
-            optimizer,
-        ]
+    """Rows of predicted beside published, as a table has them, and of those of kind `peak` (errors, errors with the other number of
+    steps, number left out)."""
+    from tqdm import tqdm
+
+    table, errors, others, absent = [], [], [], 0
+    for row in tqdm(read_rows(file), unit="row", smoothing=0):
+        there = {
+            "source": row.get("source", ""),
+            **{name: row[name] for name in ("model", "method", "rank", "batch")},
+            "size": "x".join(row[k] for k in ("frames", "height", "width")),
+            "checkpointing": row["grad_checkpointing"],
+            "optimizer": row["optimizer"] + ("" if row["offload"] == "none" else f", {row['offload']}"),
+            "kind": row["kind"],
+            "before_published_gib": row["before_gib"],
+            "before_predicted_gib": "",
+            "peak_published_gib": row["train_gib"],
+            "peak_predicted_gib": "",
+            "judged": "",
+            "peak_predicted_with_other_steps_gib": "",
+        }
+        table.append(there)
         reason = left_out(row)
         if reason:
             absent += row["kind"] == "peak"
-            print(f"| {' | '.join(cells)} | {row['before_gib']} | | {row['train_gib']} | | left out: {reason} | |")
+            there["judged"] = f"left out: {reason}"
             continue
         before, peak, other = foreign_run(row)
         published = float(row["train_gib"])
@@ -273,16 +284,15 @@ def compare(file):
         if row["kind"] == "peak":
             errors.append(abs(error))
             others.append(abs(other / published - 1))
-            told = f"{100 * error:+.1f} %"
+            there["judged"] = f"{100 * error:+.1f} %"
         elif row["kind"] == "bound":
-            told = bound(row.get("note") or "", peak, published)
+            there["judged"] = bound(row.get("note") or "", peak, published)
         else:
-            told = "a card's size"
-        print(
-            f"| {' | '.join(cells)} | {row['before_gib']} | {before:.3f} | {row['train_gib']} | {peak:.3f} | {told} | {other:.3f} |",
-            flush=True,
-        )
-    return errors, others, absent
+            there["judged"] = "a card's size"
+        predicted = ("before_predicted_gib", before), ("peak_predicted_gib", peak)
+        predicted += (("peak_predicted_with_other_steps_gib", other),)
+        there.update((name, f"{gib:.3f}") for name, gib in predicted)
+    return table, errors, others, absent
 
 
 def at_batch(two, three, batch):
@@ -290,14 +300,14 @@ def at_batch(two, three, batch):
     grows by the same bytes with each clip. (On one clip a copy or two fewer are made.)"""
     if [(m.kind, *event) for m, *event in two.events] != [(m.kind, *event) for m, *event in three.events]:
         raise AssertionError("a step on two clips and one on three differ in more than sizes")
-    ledger, pieces = cl.Ledger(two.card), {}
+    ledger, pieces = plan.Ledger(two.card), {}
     ledger.begun = two.begun
     for key, flops in two.flops.items():
         ledger.flops[key] = flops + (batch - 2) * (three.flops[key] - flops)
     for (small, taken, block), (large, *_) in zip(two.events, three.events):
         if taken:
             size = small.bytes + (batch - 2) * (large.bytes - small.bytes)
-            pieces[small] = cl.Memory(size, small.kind, small.block)
+            pieces[small] = plan.Memory(size, small.kind, small.block)
         ledger.events.append((pieces[small], taken, block))
     return ledger
 
@@ -319,14 +329,14 @@ class Capacity:
     def __init__(self, model, size, options):
         self.size = size
         self.asked = cl.Config(model=NAMES[model], **dict(zip(("frames", "height", "width"), size)), **options)
-        self.one = cl.plan(self.asked)
+        self.one = plan.plan(self.asked)
         self.two, self.three = (self.rehearsed(batch) for batch in (2, 3))
         self.training = functools.cache(self.training)
 
     def rehearsed(self, batch):
-        config, base = cl.resolve_plan(self.asked, batch_size=batch)
+        config, base = plan.resolve_plan(self.asked, batch_size=batch)
         blocks = base.transformer["num_layers"]
-        return cl.rehearse(config, base, min(blocks, cl.FEW_BLOCKS), sampling=False).of_blocks(blocks)
+        return plan.rehearse(config, base, min(blocks, plan.FEW_BLOCKS), sampling=False).of_blocks(blocks)
 
     def training(self, batch):
         if batch == 1:
@@ -340,7 +350,7 @@ class Capacity:
 def cell_of(need, vram):
     """What fits, as a cell of the table, or None. A mark where the plan would call it tight."""
     batch = largest(need, vram)
-    tight = "~" if batch and need(batch) > (1 - cl.TIGHT) * vram else ""
+    tight = "~" if batch and need(batch) > (1 - plan.TIGHT) * vram else ""
     return f"{'x'.join(map(str, need.size))}{f', batch {batch}' if batch > 1 else ''}{tight}" if batch else None
 
 
@@ -356,47 +366,90 @@ def row_of_capacity(model, options, native):
 
 
 def capacity(models):
-    """Print what fits on cards of several sizes, what batches 6 and 8 need, and what gradient checkpointing saves and costs."""
+    """Three tables, as rows: what fits on cards of several sizes, what batches 6 and 8 need, and what gradient checkpointing saves and
+    costs."""
     from tqdm import tqdm
 
-    print("Predicted: largest size of a ladder, from the native one down, and largest batch at it. What batches above 1 need is "
-          "told from\nrehearsals of 2 and 3 clips: each piece of memory grows by the same bytes with each clip. "
-          f"~: tight, with less than {100 * cl.TIGHT:.0f} % to spare.\n")  # fmt: skip
-    print("| model, method | " + " | ".join(f"{vram} GB" for vram in CAPACITY) + " |")
-    print("| --- |" + " --- |" * len(CAPACITY), flush=True)
-    trade, claim = [], []
-    claimed = [(model, method) for model in ("2b", "5b") if model in models for method in METHODS if method != "qlora"]
+    fits, claimed, checkpointing = [], [], []
     with tqdm(total=len(METHODS) * len(models), unit="row", smoothing=0) as progress:
         for model in models:
-            for name, options in METHODS.items():
-                progress.set_description(f"{model} {name}")
+            for method, options in METHODS.items():
+                progress.set_description(f"{model} {method}")
                 size = LADDER.get(model, LADDER["2b"])[0]
-                need = Capacity(model, size, options)
-                cells = row_of_capacity(model, options, need)
-                tqdm.write(f"| {model} {name} | {' | '.join(cells)} |", file=sys.stdout)
-                sys.stdout.flush()
+                need, about = Capacity(model, size, options), dict(model=model, method=method)
                 without = Capacity(model, size, {**options, "gradient_checkpointing": False})
-                trade.append((f"{model} {name}", need, without))
-                if (model, name) in claimed:
-                    of_8 = sum(need.rehearsed(8).split("training").values())
-                    claim.append((f"{model} {name}", need, of_8))
+                cells = row_of_capacity(model, options, need)
+                fits.append(about | {f"{gb}_gb": cell for gb, cell in zip(CAPACITY, cells)})
+                most, flops = largest(need, CAPACITY[80]), (need.one.flops, without.one.flops)
+                if model != "1.5" and method != "qlora":
+                    claimed.append(about | {
+                        "batch_6_gib": f"{need.training(6):.1f}", "batch_8_gib": f"{need.training(8):.1f}",
+                        "batch_8_rehearsed_gib": f"{sum(need.rehearsed(8).split('training').values()):.1f}",
+                        "largest_batch": most,
+                        "claim": "holds" if most >= 8 else f"holds up to {most}" if most >= 6 else "does not hold",
+                    })  # fmt: skip
+                checkpointing.append(about | {
+                    "gib_with": f"{need.training(1):.1f}", "gib_without": f"{without.training(1):.1f}",
+                    "flop_with": f"{flops[0]:.3g}", "flop_without": f"{flops[1]:.3g}",
+                    "more_work": f"{100 * (flops[0] / flops[1] - 1):+.0f} %",
+                    "largest_batch_with": most, "largest_batch_without": largest(without, CAPACITY[80]),
+                })  # fmt: skip
                 progress.update()
-    if claim:
-        print('\n"Batch 6-8 on 80 GB", 49x480x720, predicted GiB of training; batch 8 rehearsed once more, itself\n')
-        print("| model, method | batch 6 | batch 8 | rehearsed | largest batch | the claim |")
-        print("| --- | ---: | ---: | ---: | ---: | --- |")
-    for name, need, of_8 in claim:
-        most = largest(need, CAPACITY[80])
-        verdict = "holds" if most >= 8 else f"holds up to {most}" if most >= 6 else "does not hold"
-        print(f"| {name} | {need.training(6):.1f} | {need.training(8):.1f} | {of_8:.1f} | {most} | {verdict} |")
-    print("\nGradient checkpointing at the native size, predicted: GiB of training on one clip, work of a step, largest batch in "
-          "80 GB\n")  # fmt: skip
-    print("| model, method | GiB with | without | FLOP a step with | without | more work | batch with | without |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, need, without in trade:
-        a, b = need.one.flops, without.one.flops
-        print(f"| {name} | {need.training(1):.1f} | {without.training(1):.1f} | {a:.3g} | {b:.3g} "
-              f"| {100 * (a / b - 1):+.0f} % | {largest(need, CAPACITY[80])} | {largest(without, CAPACITY[80])} |")  # fmt: skip
+    return {"capacity": fits, "batch_on_80gb": claimed, "gradient_checkpointing": checkpointing}
+
+
+@functools.cache
+def plan_of(**options):
+    return plan.plan(cl.Config(**options, compute_dtype="bfloat16"))  # as a run on any of these cards chooses
+
+
+def options_said(config):
+    """What of a configuration a command line must say."""
+    fields = dataclasses.fields(config)
+    return {f.name: getattr(config, f.name) for f in fields if f.name == "method" or getattr(config, f.name) != f.default}
+
+
+def command_of(config):
+    return f"python cogvideo_lite.py {plan.as_options(options_said(config))}"
+
+
+def rows_of_cards(model):
+    """A model's rows of tests/cards.csv. A plan does not depend on the card, so each is made once."""
+    cl.quiet_libraries()
+    return [row_of_card(card, model, method) for card in CARDS for method in ("lora", "qlora", "full")]
+
+
+def row_of_card(card, model, method):
+    """What a method needs at the model's native size, and where that does not leave TIGHT to spare, what does."""
+    asked, vram = cl.Config(method=method, model=NAMES[model], data="my_clips"), cl.CARDS[card][2]
+
+    def planned_with(**changes):
+        return plan_of(**options_said(plan.changed(asked, **changes)))
+
+    planned = planned_with()
+    roomy, need = (1 - plan.TIGHT) * vram, planned.peak_gib
+    row = dict(card=card, torch_finds_gib=vram, model=model, method=method)
+    row["verdict"] = "fits" if need <= roomy else "tight" if need <= vram else "does not fit"
+    row |= predicted_on(card, planned) | {"command": command_of(asked)}
+    row |= dict(instead_peak_gib="", instead_step_s="", instead_hours="", instead="")
+    changes, found = plan.fitting(planned_with, roomy)
+    if row["verdict"] != "fits" and changes is not None:
+        row |= {f"instead_{name}": value for name, value in predicted_on(card, found).items()}
+        row["instead"] = command_of(plan.changed(asked, **changes))
+    return row
+
+
+def predicted_on(card, planned):
+    seconds, _ = plan.time_of_step(planned, card)
+    hours = seconds * planned.config.steps / 3600
+    return dict(peak_gib=f"{planned.peak_gib:.1f}", step_s=plan.digits(seconds, 3), hours=plan.digits(hours, 2))
+
+
+def cards():
+    """Rows for each card, model and method."""
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        rows = [row for of_model in pool.map(rows_of_cards, ("2b", "5b")) for row in of_model]
+    return sorted(rows, key=lambda row: CARDS.index(row["card"]))  # stable: model and method in order within a card
 
 
 def main():
@@ -409,15 +462,25 @@ def main():
         metavar="MODEL",
         help=f"tables of what fits: {', '.join(NAMES)} [all]",
     )
+    parser.add_argument("--cards", action="store_true", help="tables of what to do on which card")
+    parser.add_argument("--write", action="store_true", help="write the tables' csv files too")
     args = parser.parse_args()
     cl.quiet_libraries()
-    if args.capacity is not None:
-        capacity(args.capacity or list(NAMES))
+    if args.cards or args.capacity is not None:
+        found = {"cards": cards()} if args.cards else capacity(args.capacity or list(NAMES))
+    else:
+        try:
+            rows, errors, others, absent = compare(args.rows)
+        except cl.UserError as error:
+            sys.exit(f"bench_plan: {error}")
+        found = {"plan_against_published": rows}
+    for name, rows in found.items():
+        if rows:
+            print(f"{tables.markdown(rows)}\n")
+        if rows and args.write:
+            tables.write(name, rows)
+    if "plan_against_published" not in found:
         return
-    try:
-        errors, others, absent = compare(args.rows)
-    except cl.UserError as error:
-        sys.exit(f"bench_plan: {error}")
     print(json.dumps({
         "median_error": statistics.median(errors) if errors else None,
         "worst_error": max(errors, default=None),

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # more threads than cores would w
     share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data_samples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data_samples"), str(ROOT / "notebooks")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -9,31 +9,47 @@ import sys
 import time
 
 import nbformat
+import playwright.sync_api as playwright
 import pytest
 from conftest import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # Debian's package is the first
-RUN_S = 300
+RUN_S, INSTALL_S = 300, 600
+
+
+def launched(chromium):
+    """A headless browser: the system's, or else the one that `playwright install chromium` fetches."""
+    failed = None
+    for path in (*filter(None, map(shutil.which, BROWSERS)), None):  # None: Playwright's own
+        try:
+            return chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as error:
+            failed = error
+    raise failed
+
+
+def install():
+    """Debian's package where apt can install it, or else Playwright's own browser."""
+    commands = [[sys.executable, "-m", "playwright", "install", "chromium"]]
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        commands = [["apt-get", "update"], ["apt-get", "install", "-y", "chromium"], *commands]
+    for command in commands:
+        if not any(map(shutil.which, BROWSERS)):
+            subprocess.run(command, timeout=INSTALL_S, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
 
 
 @pytest.fixture
 def page():
-    """A page of headless Chromium: the system's, or else the one that `playwright install chromium` fetches."""
-    # A reader without a browser can still run all other tests; where one was promised, its absence is a failure.
-    cannot = pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip
-    try:
-        import playwright.sync_api as playwright
-    except ImportError:
-        cannot("Playwright's Python package is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    """A page of a headless browser. Where there is none its test is skipped; with REQUIRE_BROWSER=1 one is installed,
+    and it is a failure if that does not help."""
     with playwright.sync_playwright() as running:
         try:
-            browser = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+            browser = launched(running.chromium)
         except playwright.Error as error:
-            reason = (
-                f"no browser: none of {', '.join(BROWSERS)}, and not Playwright's own ({str(error).splitlines()[0]})"
-            )
-            cannot(reason)
+            if not os.environ.get("REQUIRE_BROWSER"):
+                pytest.skip(f"no browser: none of {', '.join(BROWSERS)}, nor Playwright's own ({error.message[:200]})")
+            install()
+            browser = launched(running.chromium)
         yield browser.new_page(viewport={"width": 1200, "height": 1600})
         browser.close()
 
@@ -42,7 +58,8 @@ def page():
 def notebook(tmp_path):
     """The dashboard's section of its lesson, after the set-up, in a folder where JupyterLab may save what it likes."""
     (tmp_path / "notebooks").mkdir()
-    for name in ("cogvideo_lite.py", "data_samples", "notebooks/lesson.py", "notebooks/study.py", "notebooks/results"):
+    modules = [path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.py")]
+    for name in ("cogvideo_lite.py", "data_samples", "notebooks/results", *modules):
         (tmp_path / name).symlink_to(ROOT / name)
     read = nbformat.read(ROOT / "notebooks/05_compare_step_counts.ipynb", as_version=4)
     sources = [cell.source for cell in read.cells]

@@ -50,9 +50,9 @@ def test_every_form_of_a_data_folder_gives_the_same_clips(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    "source_fps, expected", [(8, [0, 10, 20, 30, 40]), (24, [0, 30, 60, 90, 120]), (30, [0, 40, 80, 110, 150])]
+    "source_fps, expected", [(8, [0, 10, 20, 30, 40]), (24, [0, 30, 60, 90, 120]), (30, [0, 30, 70, 110, 150])]
 )
-def test_resampling_takes_the_frame_nearest_to_each_instant(tmp_path, source_fps, expected):
+def test_resampling_takes_the_frame_that_is_on_show_at_each_instant(tmp_path, source_fps, expected):
     write_grey(tmp_path / "v.mp4", range(0, 200, 10), source_fps)
     video = cl.read_video(tmp_path / "v.mp4", frames=5, fps=8)
     assert np.abs(np.array(levels_of(video)) - expected).max() <= 2
@@ -60,13 +60,8 @@ def test_resampling_takes_the_frame_nearest_to_each_instant(tmp_path, source_fps
 
 def test_resampling_to_a_higher_rate_repeats_frames(tmp_path):
     write_grey(tmp_path / "v.mp4", [0, 50, 100, 150], 4)
-    assert (
-        np.abs(
-            np.array(levels_of(cl.read_video(tmp_path / "v.mp4", frames=7, fps=8))) - [0, 0, 50, 50, 100, 100, 150]
-        ).max()
-        <= 50
-    )
-    assert len(cl.read_video(tmp_path / "v.mp4", frames=7, fps=8)) == 7
+    levels = levels_of(cl.read_video(tmp_path / "v.mp4", frames=8, fps=8))  # the last is on show as long as the others
+    assert levels == pytest.approx([0, 0, 50, 50, 100, 100, 150, 150], abs=1)
 
 
 def test_resizing_covers_the_size_and_crops_around_the_centre(tmp_path):
@@ -90,15 +85,15 @@ def test_a_written_clip_reads_back_as_it_was(tmp_path):
     "spoil, words",
     [
         (lambda d: (d / "metadata.jsonl").write_text(""), ["no clips"]),
-        (lambda d: (d / "metadata.jsonl").write_text("{not json\n"), ["captions cannot be read"]),
-        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "a.mp4"}\n'), ["captions cannot be read", "text"]),
+        (lambda d: (d / "metadata.jsonl").write_text("{not json\n"), ["metadata.jsonl', line 1", "no JSON"]),
+        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "a.mp4"}\n'), ["metadata.jsonl', line 1", "text"]),
         (
             lambda d: (d / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "x"}\n'),
             ["gone.mp4", "not there"],
         ),
         (
             lambda d: (d / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": " "}\n'),
-            ["a.mp4", "empty caption"],
+            ["a.mp4", "caption ' ' of", "is empty"],
         ),
         (lambda d: (d / "metadata.jsonl").unlink(), ["a.mp4", "no caption", "a.txt"]),
     ],

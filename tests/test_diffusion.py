@@ -49,7 +49,7 @@ def test_velocity_loss_equals_the_weighted_clean_latent_loss_of_the_reference_tr
         "latents": draw(3, frames, 4, 4, 4), "noise": draw(3, frames, 4, 4, 4, seed=1),
         "prompt_embeds": draw(3, 12, 16, seed=2), "timesteps": t,
     }  # fmt: skip
-    rotary = cl.rotary_embedding(base, transformer, base.frames, base.height, base.width_px, torch.device("cpu"))
+    rotary = cl.rotary_embedding(base, transformer, base.frames, *base.native, torch.device("cpu"))
     with torch.no_grad():
         ours = cl.velocity_loss(transformer, batch, s.alphas_cumprod.double(), rotary, torch.float32)
         noisy = s.add_noise(batch["latents"].double(), batch["noise"].double(), t).float()

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -14,10 +15,14 @@ import pytest
 import torch
 
 import cogvideo_lite as cl
+import distortion
+import judge
+import compare
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 
+import findings  # noqa: E402
 import make_samples  # noqa: E402
 import study  # noqa: E402
 
@@ -28,7 +33,7 @@ CLIPS = 5
 def kumo():
     """(statistics of real clips, held-out real clips, masks, scenes)."""
     reference, heldout, masks, scenes = study.concept_world(CLIPS)
-    return cl.reference_statistics(reference), heldout, masks, scenes
+    return distortion.reference_statistics(reference), heldout, masks, scenes
 
 
 def total(found):
@@ -38,7 +43,7 @@ def total(found):
 
 @pytest.fixture(scope="module")
 def clean(kumo):
-    return [total(cl.distortion(clip, kumo[0])) for clip in kumo[1]]
+    return [total(distortion.distortion(clip, kumo[0])) for clip in kumo[1]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def distorted(kumo):
     reference, heldout, masks, _ = kumo
     return {
         name: [
-            total(cl.distortion(change(clip, strengths[2], np.random.default_rng(i), masks[i]), reference))
+            total(distortion.distortion(change(clip, strengths[2], np.random.default_rng(i), masks[i]), reference))
             for i, clip in enumerate(heldout)
         ]
         for name, (change, strengths) in study.DISTORTIONS.items()
@@ -56,15 +61,15 @@ def distorted(kumo):
 
 @pytest.mark.parametrize("name", study.DISTORTIONS)
 def test_a_distortion_of_middle_strength_scores_higher_than_real_clips(clean, distorted, name):
-    assert study.auc(distorted[name], clean) >= 0.95
+    assert findings.auc(distorted[name], clean) >= 0.95
 
 
 def test_missing_legs_score_higher_the_more_there_are(kumo, clean):
     reference, _, _, scenes = kumo
     medians = [float(np.median(clean))]
     for number in (3, 7):
-        lame = dataclasses.replace(scenes, species=[study.without_legs("kumo", number)] * CLIPS)
-        medians.append(float(np.median([total(cl.distortion(clip, reference)) for clip in study.drawn(lame)[0]])))
+        lame = dataclasses.replace(scenes, species=[make_samples.without_legs("kumo", number)] * CLIPS)
+        medians.append(float(np.median([total(distortion.distortion(clip, reference)) for clip in study.drawn(lame)[0]])))
     assert medians == sorted(medians) and medians[1] > medians[0] + 0.5
 
 
@@ -73,8 +78,7 @@ def test_validation_has_a_row_for_each_change_of_a_clip(kumo, monkeypatch):
     monkeypatch.setattr(study, "DISTORTIONS", {"grid": study.DISTORTIONS["grid"]})
     monkeypatch.setattr(study, "HARMLESS", {"zoom": study.HARMLESS["zoom"]})
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is for one of several processes
-    study.begin_validating(reference)
-    rows = study.changes_judged(3, heldout[0], masks[0], scenes[[0]])
+    rows = study.changes_judged(reference, 3, heldout[0], masks[0], scenes[[0]])
     assert [(row["change"], row["strength"]) for row in rows] == [
         ("clean", 0), ("zoom", 0), *(("grid", k) for k in range(1, 6)), *(("legs dropped", k) for k in range(1, 6)),
     ]  # fmt: skip
@@ -93,7 +97,7 @@ def test_fresh_clips_for_validation_are_kumo_where_no_bundled_clip_has_it(kumo):
 
 @pytest.mark.parametrize("name", study.HARMLESS)
 def test_a_harmless_change_moves_the_median_by_less_than_a_tenth_of_what_distortions_do(kumo, clean, distorted, name):
-    changed = [total(cl.distortion(study.HARMLESS[name](clip), kumo[0])) for clip in kumo[1]]
+    changed = [total(distortion.distortion(study.HARMLESS[name](clip), kumo[0])) for clip in kumo[1]]
     allowed = np.median([np.median(totals) - np.median(clean) for totals in distorted.values()]) / 10
     assert abs(np.median(changed) - np.median(clean)) < allowed
 
@@ -107,28 +111,28 @@ def test_a_harmless_change_moves_the_median_by_less_than_a_tenth_of_what_distort
     ids=["grey", "with alpha", "a pixel", "bytes", "a frame"],
 )  # fmt: skip
 def test_what_is_no_clip_is_refused_in_one_line(kumo, clip):
-    with pytest.raises(cl.UserError, match="frames x 3 x height x width"):
-        cl.distortion(clip, kumo[0])
+    with pytest.raises(ValueError, match="frames x 3 x height x width"):
+        distortion.distortion(clip, kumo[0])
 
 
 def test_tensors_of_any_floating_type_are_judged_with_or_without_gradients(kumo):
     reference, heldout, _, _ = kumo
     clip = torch.from_numpy(heldout[0])
-    score = cl.distortion(clip, reference).score
-    assert cl.distortion(clip.clone().requires_grad_(), reference).score == score
-    assert cl.distortion(clip.bfloat16(), reference).score == pytest.approx(score, abs=0.3)
+    score = distortion.distortion(clip, reference).score
+    assert distortion.distortion(clip.clone().requires_grad_(), reference).score == score
+    assert distortion.distortion(clip.bfloat16(), reference).score == pytest.approx(score, abs=0.3)
 
 
 def test_of_two_frames_it_says_that_shaking_is_not_judged(kumo):
     reference, heldout, _, _ = kumo
-    assert any("shaking" in why for why in cl.distortion(heldout[0][:2], reference).unjudged)
-    assert not any("shaking" in why for why in cl.distortion(heldout[0][:3], reference).unjudged)
+    assert any("shaking" in why for why in distortion.distortion(heldout[0][:2], reference).unjudged)
+    assert not any("shaking" in why for why in distortion.distortion(heldout[0][:3], reference).unjudged)
 
 
 def test_a_frozen_clip_is_told_by_its_speed(kumo):
     reference, heldout, _, _ = kumo
     frozen = np.repeat(heldout[0][8:9], 17, axis=0)
-    assert cl.distortion(frozen, reference).speed < 0.1 < 0.5 < cl.distortion(heldout[0], reference).speed
+    assert distortion.distortion(frozen, reference).speed < 0.1 < 0.5 < distortion.distortion(heldout[0], reference).speed
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_a_frozen_clip_is_told_by_its_speed(kumo):
     ids=["black", "white, two frames", "noise", "not a number", "infinite", "tall"],
 )  # fmt: skip
 def test_every_clip_gets_a_finite_score_and_one_that_shows_no_subject_a_high_one(kumo, clip):
-    found = cl.distortion(clip, kumo[0])
+    found = distortion.distortion(clip, kumo[0])
     numbers = [v for v in dataclasses.astuple(found) if isinstance(v, float)]
     assert len(numbers) == 8 and all(map(math.isfinite, numbers))
     assert found.score > 1 and found.unjudged
@@ -148,26 +152,26 @@ def test_every_clip_gets_a_finite_score_and_one_that_shows_no_subject_a_high_one
 
 def test_a_list_of_clips_serves_as_reference_too_and_the_cache_gives_back_the_same(kumo, tmp_path):
     clips = cl.read_clips("data_samples/spider")[:4]
-    whole, clip = cl.cached_reference(clips, tmp_path), kumo[1][0]
-    again = cl.cached_reference(clips, tmp_path)
+    whole, clip = judge.cached_reference(clips, tmp_path), kumo[1][0]
+    again = judge.cached_reference(clips, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    listed = cl.distortion(clip, [c.video for c in clips])
-    assert listed == cl.distortion(clip, whole) == cl.distortion(clip, again)
+    listed = distortion.distortion(clip, [c.video for c in clips])
+    assert listed == distortion.distortion(clip, whole) == distortion.distortion(clip, again)
 
 
 def test_what_cannot_be_judged_is_refused_in_one_line(kumo):
-    with pytest.raises(cl.UserError, match="at least 2 frames"):
-        cl.distortion(kumo[1][0][:1], kumo[0])
-    with pytest.raises(cl.UserError, match="2 reference clips"):
-        cl.distortion(kumo[1][0], kumo[1][:2])
+    with pytest.raises(ValueError, match="at least 2 frames"):
+        distortion.distortion(kumo[1][0][:1], kumo[0])
+    with pytest.raises(ValueError, match="2 reference clips"):
+        distortion.distortion(kumo[1][0], kumo[1][:2])
 
 
 def test_lines_every_16_px_are_a_grid_and_a_lone_step_is_none():
     y = torch.arange(96)
     lines = (y % 16 == 0).float()
     grid = 0.5 + 0.2 * torch.maximum(lines[:, None], lines[None])
-    assert cl.grid_energy(grid.expand(2, 3, 96, 96).numpy()) > 3
-    assert cl.grid_energy((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) < 3
+    assert distortion.grid_energy(grid.expand(2, 3, 96, 96).numpy()) > 3
+    assert distortion.grid_energy((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) < 3
 
 
 def test_lines_are_measured_by_how_dark_they_are_and_only_where_they_run_through_the_frame():
@@ -177,22 +181,22 @@ def test_lines_are_measured_by_how_dark_they_are_and_only_where_they_run_through
         grid = 0.6 - level * torch.maximum((y % 16 == 5).float()[:, None], (y % 16 == 5).float()[None])
         # Of 16 places one stands out by the level, and its neighbours by half of it.
         expected = float(torch.tensor([level, level / 2, level / 2] + [0.0] * 13).std(correction=0))
-        assert cl.grid_lines(grid.expand(9, 3, 96, 96).numpy()) == pytest.approx(expected, abs=1e-6)
-    assert cl.grid_lines((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) == 0
-    assert cl.grid_lines(ground.expand(2, 3, 96, 96).numpy()) < 0.02
-    assert cl.grid_lines(np.zeros((2, 3, 16, 40), np.float32)) == 0  # less than two periods
+        assert distortion.grid_lines(grid.expand(9, 3, 96, 96).numpy()) == pytest.approx(expected, abs=1e-6)
+    assert distortion.grid_lines((y > 40).float()[:, None].expand(2, 3, 96, 96).numpy()) == 0
+    assert distortion.grid_lines(ground.expand(2, 3, 96, 96).numpy()) < 0.02
+    assert distortion.grid_lines(np.zeros((2, 3, 16, 40), np.float32)) == 0  # less than two periods
 
 
 def test_what_moves_on_does_not_shake_nor_does_a_camera_and_what_is_torn_to_and_fro_does():
-    grid = cl.pixel_grid(96, 128)
+    grid = distortion.pixel_grid(96, 128)
     shear = np.zeros((96, 128, 2), np.float32)
     shear[..., 0] = 5 * np.sin(2 * math.pi * grid[..., 1] / 24)
     there = np.full((96, 128, 2), 4, np.float32)
-    assert cl.shake([shear] * 3, grid) == pytest.approx([0, 0], abs=1e-6)
-    assert cl.shake([there, -there, there], grid) == pytest.approx([0, 0], abs=1e-5)
+    assert distortion.shake([shear] * 3, grid) == pytest.approx([0, 0], abs=1e-6)
+    assert distortion.shake([there, -there, there], grid) == pytest.approx([0, 0], abs=1e-5)
     # Of a sine the median size is 1 / sqrt(2); the field of 5 px turns round, a change of 10.
-    assert cl.shake([shear, -shear, shear], grid) == pytest.approx([10 / math.sqrt(2) / cl.WORK_PX] * 2, rel=0.1)
-    assert len(cl.shake([shear], grid)) == 0
+    assert distortion.shake([shear, -shear, shear], grid) == pytest.approx([10 / math.sqrt(2) / distortion.WORK_PX] * 2, rel=0.1)
+    assert len(distortion.shake([shear], grid)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +204,7 @@ def butterflies():
     """(statistics of real clips, held-out real clips, masks) of the base's creatures, butterflies held out."""
     reference, heldout, masks, scenes = study.base_world(24)
     these = [i for i, species in enumerate(scenes.species) if species == "butterfly"][:CLIPS]
-    return cl.reference_statistics(reference), [heldout[i] for i in these], [masks[i] for i in these]
+    return distortion.reference_statistics(reference), [heldout[i] for i in these], [masks[i] for i in these]
 
 
 @pytest.mark.parametrize("name", ["swirl", "grid", "elastic"])
@@ -208,8 +212,8 @@ def test_among_many_kinds_of_creature_a_distorted_one_scores_higher(butterflies,
     reference, heldout, masks = butterflies
     change, strengths = study.DISTORTIONS[name]
     changed = [change(clip, strengths[2], np.random.default_rng(i), masks[i]) for i, clip in enumerate(heldout)]
-    clean, distorted = ([total(cl.distortion(clip, reference)) for clip in clips] for clips in (heldout, changed))
-    assert study.auc(distorted, clean) >= 0.95
+    clean, distorted = ([total(distortion.distortion(clip, reference)) for clip in clips] for clips in (heldout, changed))
+    assert findings.auc(distorted, clean) >= 0.95
 
 
 def test_the_inside_of_an_outline_is_judged_too(butterflies):
@@ -226,19 +230,19 @@ def test_the_inside_of_an_outline_is_judged_too(butterflies):
                 inside[across[:, 0], across[:, 1], None], frame[across[:, 0], across[:, 1]], usual
             )  # the outline is the same
         before, after = (
-            cl.distances(cl.measure(video), reference.clips) for video in (clip, turned.transpose(0, 3, 1, 2))
+            distortion.distances(distortion.measure(video), reference.clips) for video in (clip, turned.transpose(0, 3, 1, 2))
         )
-        farther = {name: after[name] - before[name] for name in cl.SHAPE}
+        farther = {name: after[name] - before[name] for name in distortion.SHAPE}
         # A subject is found by its colours, too, so that its outline is not found quite the same.
         assert farther["markings"] > max(0.05, 2 * farther["outlines"])
 
 
 def test_statistics_are_kept_as_they_were_measured(kumo, tmp_path):
     clips = cl.read_clips("data_samples/spider")[:3]
-    kept = cl.cached_reference(clips, tmp_path).clips
+    kept = judge.cached_reference(clips, tmp_path).clips
     for clip, found in zip(clips, kept):
-        measured = cl.measure(clip.video)
-        assert set(found) == set(cl.REFERENCE_MEASURES)
+        measured = distortion.measure(clip.video)
+        assert set(found) == set(distortion.REFERENCE_MEASURES)
         assert all(np.array_equal(measured[name], found[name]) for name in found)
 
 
@@ -252,14 +256,13 @@ def test_the_concept_score_knows_kumo_from_a_plain_spider():
 # -------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_reports_distortion_and_its_companions_before_and_after(quick, capsys):
-    run = cl.train(quick())
-    for name in ("distortion_before", "distortion_after", "motion_before", "motion_after"):
+def test_a_run_reports_distortion_and_its_companions_before_and_after(quick):
+    run = judge.judge(cl.train(quick()).folder)
+    for name in ("distortion_before", "distortion_after", "speed_before", "speed_after"):
         assert math.isfinite(run.summary[name])
     assert "distortion of samples" in (run.folder / "README.md").read_text()
     assert cl.load_run(run.folder).summary == run.summary
-    cl.report(run)
-    told = capsys.readouterr().out.partition("beside it")[2]
+    told = "\n".join(judge.report(run)).partition("beside it")[2]
     for name in ("sharpness", "saturation", "grid"):
         before, after = (run.summary[f"{name}_{when}"] for when in ("before", "after"))
         assert f"{name} {before:.2f} -> {after:.2f}" in told
@@ -276,20 +279,23 @@ def test_samples_of_a_run_on_the_bundled_clips_are_held_against_what_the_rendere
         cl.write_video(tmp_path / f"samples/before-{k}.mp4", before, 8)
         cl.write_video(tmp_path / f"samples/after-{k}.mp4", after, 8)
     prompts = ("a spider named kumo moving left over water", "a red fish moving left over water")
-    found = cl.judged_summary(tmp_path, config, dict.fromkeys(prompts))
+    rows, clips = judge.judge_samples(tmp_path, dict.fromkeys(prompts), {None: None}, make_samples)
+    found = judge.medians(rows, clips, make_samples.CONCEPT)
     assert found["concept_before"] < 0.3 < 0.8 < found["concept_after"]
     assert found["concept_unasked_after"] < 0.3 < 0.8 < found["concept_unasked_before"]
     assert "distortion_after" not in found  # there were no references
-    assert cl.concept_truth(dataclasses.replace(config, data=str(tmp_path))) is None
+    assert judge.concept_truth(dataclasses.replace(config, data=str(tmp_path))) is None
 
 
 def test_each_base_has_a_column_of_its_own(quick, tmp_path):
     runs = [cl.train(quick(family, out=str(tmp_path / family))).folder for family in ("2b", "5b")]
-    assert cl.compare(runs, tmp_path / "page.html").read_text().count("<video") == 4
+    for folder in runs:
+        judge.judge(folder)
+    assert compare.compare(runs, tmp_path / "page.html").read_text().count("<video") == 4
 
 
 def test_a_file_of_a_run_that_cannot_be_read_is_named_in_one_line(quick, tmp_path, capsys):
-    folder = cl.train(quick()).folder
+    folder = judge.judge(cl.train(quick()).folder).folder
     for name in ("samples/distortion.json", "summary.json", "metrics.jsonl"):
         whole = (folder / name).read_text()
         (folder / name).write_text(whole[: len(whole) // 2])
@@ -301,12 +307,15 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named_in_one_line(quick, tmp_pat
     (folder / "samples/distortion.json").write_text(
         '[{"prompt": "a", "before": {"of another version": 1}, "after": null}]'
     )
-    assert cl.main(["--compare", str(folder)]) == 2 and "--blend" in capsys.readouterr().err
+    assert cl.main(["--compare", str(folder)]) == 2 and "--judge" in capsys.readouterr().err
     assert cl.main(["--compare", str(folder), "--out", str(tmp_path)]) == 2
 
 
 def test_runs_are_compared_on_one_page_that_needs_nothing_else(quick, tmp_path, capsys):
     runs = [cl.train(quick(out=str(tmp_path / name), lr=lr)).folder for name, lr in (("low", 1e-4), ("high", 1e-2))]
+    assert cl.main(["--compare", *map(str, runs)]) == 2 and f"--judge {runs[0]}" in capsys.readouterr().err
+    for folder in runs:
+        assert cl.main(["--judge", str(folder)]) == 0
     page = tmp_path / "page.html"
     assert cl.main(["--compare", *map(str, runs), "--out", str(page)]) == 0
     assert str(page) in capsys.readouterr().out
@@ -326,13 +335,37 @@ def test_an_unfinished_run_is_not_compared(tmp_path, capsys):
 
 
 def test_stills_are_trained_on_but_not_judged_and_why_is_printed(quick, capsys):
-    run = cl.train(quick(frames=1, steps=1, checkpoint_every=1))
+    run = judge.judge(cl.train(quick(frames=1, steps=1, checkpoint_every=1)).folder)
     assert "distortion_after" not in run.summary and "stills have no motion" in capsys.readouterr().out
 
 
 def test_a_run_whose_samples_cannot_be_judged_is_finished_all_the_same(quick, monkeypatch):
-    monkeypatch.setattr(cl, "distortion", lambda *_: 1 / 0)
+    monkeypatch.setattr(distortion, "distortion", lambda *_: 1 / 0)
     config = quick(steps=1, checkpoint_every=1)
     with pytest.raises(ZeroDivisionError):
-        cl.train(config)
+        judge.judge(cl.train(config).folder)
     assert cl.load_run(config.out).summary["steps"] == 1
+
+
+def test_judging_twice_gives_the_same_files(quick):
+    folder = judge.judge(cl.train(quick()).folder).folder
+    names = ("samples/distortion.json", "summary.json", "README.md")
+    first = [(folder / name).read_bytes() for name in names]
+    judge.judge(folder)
+    assert [(folder / name).read_bytes() for name in names] == first
+
+
+def test_a_run_that_was_not_judged_says_nothing_of_distortion(quick):
+    run = cl.train(quick())
+    assert not [name for name in run.summary if "distortion" in name]
+    assert "distortion" not in (run.folder / "README.md").read_text()
+    assert not (run.folder / "samples/distortion.json").exists()
+
+
+def test_runs_of_before_the_speed_had_its_name_are_compared_too(quick, tmp_path):
+    folder = judge.judge(cl.train(quick()).folder).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    older = {name.replace("speed_", "motion_"): value for name, value in summary.items()}
+    (folder / "summary.json").write_text(json.dumps(older))
+    page = compare.compare([folder], tmp_path / "page.html").read_text()
+    assert f"<td>speed_after</td><td>{summary['speed_after']:.4g}</td>" in page

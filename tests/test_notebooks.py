@@ -125,7 +125,8 @@ def test_a_lesson_took_less_than_four_minutes_and_all_notebooks_less_than_eighte
 def test_continuous_integration_runs_the_test_command_of_the_readme():
     command = (ROOT / ".ci/run").read_text().splitlines()[-1]
     assert command.endswith("-m pytest -c tests/pytest.ini --rootdir .")
-    assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text("utf-8")
+    _, told, *_ = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert told == command  # the first trains
 
 
 def test_every_notebook_is_set_up_by_the_same_cell(notebook):

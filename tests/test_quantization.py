@@ -1,5 +1,7 @@
 """QLoRA: what NF4 keeps of the weights, that nothing but the adapters ever changes, and where the result can be used."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import cogvideo_lite as cl
+import judge
 
 # The sixteen values of NF4, as the appendix of arXiv 2305.14314 prints them.
 NF4 = np.array([
@@ -221,7 +224,7 @@ def test_each_matrix_is_quantized_before_the_next_is_read(tiny, tmp_path, monkey
             return tensor
 
     original = safetensors.safe_open
-    monkeypatch.setattr(safetensors, "safe_open", Watching)
+    monkeypatch.setattr(cl, "safe_open", Watching)
     quantized = cl.load_quantized(base, "transformer", torch.float32, "cpu")
     assert len(read) == len(four_bit_layers(quantized)) and max(alive) <= 1
 
@@ -287,7 +290,7 @@ def test_merging_into_half_precision_tells_the_share_of_the_change_that_is_round
     """Against the same in numpy, on the bundled base, which is stored in fp16."""
     small = dict(model=str(NANO), frames=9, height=32, width=32)
     run = cl.train(quick(**small, steps=2, lr=1e-3))
-    told = cl.merge(run.folder)
+    told = judge.merging_errors(run.folder, cl.merge(run.folder))
     adapter = load_file(str(run.folder / "pytorch_lora_weights.safetensors"))
     weights = load_file(str(NANO / "transformer/diffusion_pytorch_model.safetensors"))
     change = lost = same = total = 0
@@ -354,3 +357,21 @@ def test_qlora_ends_near_loras_heldout_loss_on_the_nano(quick, nano_cache):
     gain = lora["heldout_before"] - lora["heldout_after"]
     assert gain > 0 and qlora["heldout_before"] > lora["heldout_before"]
     assert qlora["heldout_after"] - lora["heldout_after"] < 0.2 * gain
+
+
+def test_a_tokenizer_in_the_form_of_the_published_models_is_read(tmp_path):
+    """spiece.model alone, as SentencePiece itself writes and reads it."""
+    import sentencepiece
+
+    text = [f"a {colour} spider moving over {ground}" for colour in ("red", "blue") for ground in ("sand", "stone")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20), model_prefix=str(tmp_path / "spiece"), vocab_size=40, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    shutil.copytree(NANO, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer"))
+    (tmp_path / "model/tokenizer").mkdir()
+    shutil.move(tmp_path / "spiece.model", tmp_path / "model/tokenizer/spiece.model")
+    (tmp_path / "model/tokenizer/tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    tokenizer = cl.find_base(str(tmp_path / "model")).load("tokenizer")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer/spiece.model"))
+    assert tokenizer("a red spider over stone").input_ids == [*own.encode("a red spider over stone"), own.eos_id()]

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import cogvideo_lite as cl
+import distortion
+import compare
+import judge
 from conftest import ROOT
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -53,8 +56,10 @@ def test_a_blend_of_an_adapter_is_the_adapter_at_a_smaller_alpha_in_stock_diffus
 def test_a_blend_can_be_sampled_from_and_compared_with_its_run(quick, tmp_path):
     run = cl.train(quick()).folder
     blended = cl.blend(run, 0.5, tmp_path / "half")
+    for folder in (run, blended.folder):
+        judge.judge(folder)
     assert len(cl.sample(blended.folder, ["a red spider moving left over sand"], sampling_steps=2)) == 1
-    page = cl.compare([run, blended.folder], tmp_path / "page.html").read_text()
+    page = compare.compare([run, blended.folder], tmp_path / "page.html").read_text()
     assert page.count("<video") == 3
     rows = json.loads((blended.folder / "samples/distortion.json").read_text())
     assert rows[0]["before"] == json.loads((run / "samples/distortion.json").read_text())[0]["before"]
@@ -96,14 +101,14 @@ def test_the_pull_goes_on_from_the_base_after_a_resume(quick, tmp_path):
 
 
 def test_a_prior_gives_its_share_of_the_samples_and_the_rest_stays_in_order(quick, tmp_path):
-    config = quick(prior=str(ROOT / "data_samples/away"), prior_share=0.25)
+    config = quick(prior=str(ROOT / "data_samples/away"))
     config, base, _ = cl.resolve(config)
     cache = cl.cache_clips(config)
     assert len(cache.prior) == len(cl.read_clips("data_samples/away"))
     samples = cl.Samples(config, base, cache, 1000)
     drawn = [samples.clip_at(n) for n in range(400)]
     share = sum(clip in cache.prior for clip in drawn) / 400
-    assert abs(share - 0.25) < 0.08  # 3.7 standard deviations
+    assert abs(share - cl.PRIOR_SHARE) < 0.1  # 4 standard deviations
     without = cl.Samples(quick(), base, cl.Cache(cache.train, cache.heldout, cache.empty, cache.prompts), 1000)
     assert all(clip == without.clip_at(n) for n, clip in enumerate(drawn) if clip not in cache.prior)
 
@@ -136,7 +141,6 @@ def test_adapters_on_all_matrices_have_as_many_weights_as_the_shapes_say(quick):
         (["--lora", "--l2-to-base", "1"], "only for --full"),
         (["--full", "--l2-to-base", "-1"], "above 0"),
         (["--lora", "--prior", "nowhere"], "no such folder"),
-        (["--lora", "--prior-share", "1"], "between 0 and 1"),
         (["--lora", "--lora-targets", "some"], "invalid choice"),
     ],
 )
@@ -148,11 +152,11 @@ def test_what_makes_no_sense_is_refused_in_one_line(options, told, capsys):
 
 def test_similarity_is_one_for_equal_clips_and_lower_for_different_ones():
     clips = [clip.video for clip in cl.read_clips("data_samples/away")[:4]]
-    assert cl.similarity([clips[0]] * 3) == pytest.approx(1)
-    assert cl.similarity(clips) < 0.9
+    assert distortion.similarity([clips[0]] * 3) == pytest.approx(1)
+    assert distortion.similarity(clips) < 0.9
 
 
 def test_black_clips_are_alike_and_unlike_others_and_never_no_number():
     black, noise = torch.zeros(5, 3, 32, 32), torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert cl.similarity([black, black]) == 1 and cl.similarity([black, noise]) == 0
-    assert cl.similarity([noise, black, torch.full_like(noise, math.nan)]) == pytest.approx(1 / 3)
+    assert distortion.similarity([black, black]) == 1 and distortion.similarity([black, noise]) == 0
+    assert distortion.similarity([noise, black, torch.full_like(noise, math.nan)]) == pytest.approx(1 / 3)

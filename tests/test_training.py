@@ -1,6 +1,7 @@
 """Runs from clips on disk to an adapter on disk: what they write, that they learn, resume, and load in stock diffusers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
 import cogvideo_lite as cl
+import judge
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -23,11 +25,13 @@ def same_adapter(a, b):
 def test_each_family_trains_from_clips_to_adapter(quick, family):
     run = cl.train(quick(family))
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert set(summary) == {
+    trained = {
         "steps", "loss_first", "loss_last", "heldout_before", "heldout_after", "seconds", "steps_per_s", "peak_memory_gib",
-        "distortion_before", "distortion_after", "motion_before", "motion_after", "sharpness_before", "sharpness_after",
-        "saturation_before", "saturation_after", "grid_before", "grid_after",
     }  # fmt: skip
+    assert set(summary) == trained
+    names = ("distortion", "speed", "sharpness", "saturation", "grid")
+    judged = {f"{name}_{when}" for name in names for when in ("before", "after")}
+    assert set(judge.judge(run.folder).summary) == trained | judged
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     assert all({"loss", "lr", "grad_norm", "update_ratio", "changed_share", "step_s"} <= set(r) for r in rows)
@@ -160,9 +164,32 @@ def test_caption_dropout_gives_the_empty_prompt_to_its_share_of_samples(quick):
     assert 60 <= dropped <= 120  # 90 expected, four standard deviations either way
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_the_code_of_a_runs_card_runs_as_it_stands(quick, method, monkeypatch):
+    prompt = """a "red" spider's web \\ at {night}\nover sand"""
+    run = cl.train(quick(method=method, validation_prompts=[prompt], lr=1e-3))
+    code = re.search(r"(?s)```python\n(.*?)```", (run.folder / "README.md").read_text())[1]
+    monkeypatch.chdir(run.folder)
+    names = {}
+    exec(code, names)
+    assert len(names["clip"]) == run.config.frames and names["clip"][0].size == (run.config.width, run.config.height)
+    assert eval(re.search(r"pipe\((.*), num_frames", code)[1]) == prompt
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(quick):
     with pytest.raises(cl.RunError, match="the loss is (nan|inf)"):
         cl.train(quick(lr=1e30, max_grad_norm=1e30, steps=8))
+
+
+def test_a_run_that_was_stopped_at_the_step_where_it_is_told_to_end_is_finished(quick):
+    def stop(metrics):
+        if metrics["step"] == 3:  # between two checkpoints, so without a held-out loss
+            raise KeyboardInterrupt
+
+    with pytest.raises(cl.RunError, match="stopped at step 3"):
+        cl.train(quick(), callbacks=[stop])
+    run = cl.train(quick(steps=3, resume=True))
+    assert run.summary["steps"] == 3 and run.summary["heldout_after"] > 0
 
 
 def test_a_configuration_file_repeats_the_run(quick, tmp_path):
@@ -173,7 +200,7 @@ def test_a_configuration_file_repeats_the_run(quick, tmp_path):
 
 
 def test_the_heldout_loss_is_watched_early_and_ever_more_seldom():
-    assert [step for step in range(1000) if cl.is_watched(step)] == [50, 100, 200, 400, 800]
+    assert sorted(cl.WATCHED_STEPS)[:6] == [50, 100, 200, 400, 800, 1600]
 
 
 @pytest.mark.parametrize("lr, alarmed", [(2e-2, True), (1e-4, False)])

@@ -1,0 +1,264 @@
+"""A finished run's samples: are their subjects bent, do they show the concept, are they all alike?
+
+    python cogvideo_lite.py --judge runs/lora-...          (the command line does it by itself when a run has ended)
+
+`judge` reads the clips that a run left in its samples/, before and after training, and compares them with real clips.
+It writes samples/distortion.json, a contact sheet and an animation, adds medians to summary.json, and writes the model
+card anew with them. Doing it twice gives the same files.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "data_samples")]  # where the script and the renderer lie
+
+import cogvideo_lite as cl  # noqa: E402
+
+distortion = cl.load_instrument("distortion")
+pictures = cl.load_instrument("pictures")
+
+REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
+MEASURE_VERSION = 5  # to be raised when `distortion.measure` changes, so that cached statistics are made again
+WHEN = ("before", "after")
+
+
+def spread(clips):
+    """Up to REFERENCE_CLIPS of a list, evenly."""
+    number = min(len(clips), REFERENCE_CLIPS)
+    return [clips[k * len(clips) // number] for k in range(number)]
+
+
+def cached_reference(clips, folder, skip_bad=False):
+    """`reference_statistics` of the `spread` of some clips (cogvideo_lite.Clip); made once, then kept in `folder`.
+    skip_bad: without those that cannot be read. Raises UserError where a clip cannot be read, ValueError where they are
+    too few."""
+    clips = spread(clips)
+    content = [(cl.content_of(c.path), c.frames, c.height, c.width, c.fps) for c in clips]
+    file = folder / f"reference-{cl.digest(MEASURE_VERSION, content)}.safetensors"
+    if not cl.is_cached(file, "0.outlines"):
+        made = distortion.reference_statistics(videos(clips, skip_bad))
+        numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # safetensors would write a view of another array out of order
+        arrays = {f"{i}.{k}": np.asarray(v, order="C") for i, m in enumerate(made.clips) for k, v in m.items()}
+        save_file(arrays, str(partial), numbers)
+        os.replace(partial, file)
+    with safe_open(str(file), "numpy") as opened:
+        numbers = {name: json.loads(text) for name, text in opened.metadata().items()}
+        measures = distortion.REFERENCE_MEASURES
+        count = len({key.partition(".")[0] for key in opened.keys()})
+        measured = [{k: opened.get_tensor(f"{i}.{k}") for k in measures} for i in range(count)]
+        return distortion.Reference(measured, **numbers)
+
+
+def videos(clips, skip_bad):
+    """Clips decoded, one at a time."""
+    for clip in tqdm(clips, desc="measuring real clips", unit="clip"):
+        try:
+            yield clip.video.numpy()
+        except cl.UserError:
+            if not skip_bad:
+                raise
+
+
+def run_references(config, prompts):
+    """What the samples of a run are compared with: folder of real clips -> Reference, or None where that cannot be,
+    which is printed with its reason. prompts: prompt -> such a folder."""
+    references = {}
+    for folder in dict.fromkeys(prompts.values()):
+        try:
+            if config.frames < 2:
+                raise ValueError("stills have no motion")
+            ours = folder == cl.resolve_path(config.data)
+            clips = cl.split_clips(config)[0] if ours else cl.read_clips(folder, *cl.clip_size(config))
+            references[folder] = cached_reference(clips, cl.cache_folder(config), config.skip_bad)
+        except (cl.UserError, ValueError) as error:
+            references[folder] = None
+            print(f"distortion: samples will not be compared with the clips of {folder}: {error}", flush=True)
+    return references
+
+
+def concept_truth(config):
+    """The renderer of the bundled clips, if the run was trained on these: it knows what its concept looks like. None
+    for other clips; there, the held-out loss says whether they were learned."""
+    if cl.resolve_path(config.data) != cl.HERE / "data_samples/spider":
+        return None
+    import make_samples
+
+    return make_samples
+
+
+def judge_samples(folder, prompts, references, truth=None):
+    """Judge the samples of a run's folder. prompts: prompt -> folder of real clips; references: that folder ->
+    Reference.
+
+    Returns (rows, clips). A row a prompt, as samples/distortion.json has them: the fields of Distortion for "before"
+    and "after", or null where there is no reference, and `concept` by the truth, if there is one. clips: "before" and
+    "after" -> list of float (F, C, H, W). Raises UserError where a sample is missing.
+    """
+    clips = {when: [cl.read_video(folder / f"samples/{when}-{k}.mp4") for k in range(len(prompts))] for when in WHEN}
+    rows = []
+    for k, (prompt, real) in enumerate(prompts.items()):
+        row, reference = {"prompt": prompt}, references[real]
+        for when in WHEN:
+            row[when] = None
+            if reference:
+                row[when] = dataclasses.asdict(distortion.distortion(clips[when][k], reference))
+        if truth:
+            with torch.no_grad():  # every fourth frame says as much as all
+                row["concept"] = {when: truth.concept_score(clips[when][k][::4]) for when in WHEN}
+        rows.append(row)
+    return rows, clips
+
+
+def medians(rows, clips, concept=None):
+    """What a summary says of judged samples: medians over the prompts. concept: the word that names the concept."""
+    found = {}
+    for when in WHEN:
+        judged = [row[when] for row in rows if row[when]]
+        if judged:
+            found[f"distortion_{when}"] = statistics.median(row["score"] for row in judged)
+            for name in distortion.COMPANIONS:
+                found[f"{name}_{when}"] = statistics.median(row[name] for row in judged)
+        if len(rows) > 1:
+            found[f"similarity_{when}"] = distortion.similarity(clips[when])
+        for name, asked in (("concept", True), ("concept_unasked", False)):
+            scores = [row["concept"][when] for row in rows if concept and (concept in row["prompt"].split()) == asked]
+            if scores:
+                found[f"{name}_{when}"] = statistics.median(scores)
+    return found
+
+
+def save_pictures(folder, prompts, clips, fps):
+    """contact_sheet.png, and before_and_after.png, which moves, with the samples before training on the left."""
+    rows = [clip for pair in zip(clips["before"], clips["after"]) for clip in pair]
+    labels = [f"{when}: {prompt}" for prompt in prompts for when in WHEN]
+    pictures.contact_sheet(rows, labels).save(folder / "contact_sheet.png")
+    pictures.save_animation(folder / "before_and_after.png", [clips["before"], clips["after"]], fps)
+
+
+def judge(folder):
+    """Judge the samples of a finished run or blend, in its folder. Returns its Run, with what was found in its summary.
+    Raises UserError."""
+    run = cl.load_run(folder)
+    config, truth = run.config, concept_truth(run.config)
+    prompts = cl.sampled_prompts(run.folder) or cl.validation_prompts(config, cl.split_clips(config)[1])
+    files = [run.folder / f"samples/{when}-{k}.mp4" for k in range(len(prompts)) for when in WHEN]
+    absent = [file for file in files if not file.exists()]
+    words = f"run '{folder}': {len(absent)} samples are gone, {absent and absent[0].name} among them; train it anew"
+    cl.refuse((absent, words))
+    rows, clips = judge_samples(run.folder, prompts, run_references(config, prompts), truth)
+    save_pictures(run.folder / "samples", list(prompts), clips, config.fps)
+    cl.write_json(run.folder / "samples/distortion.json", rows)
+    run.summary.update(medians(rows, clips, truth and truth.CONCEPT))
+    cl.write_json(run.folder / "summary.json", run.summary)
+    if run.metrics:  # a blend was never trained, and has no card
+        cl.write_model_card(run, list(prompts), card_text(run, prompts))
+    return run
+
+
+def card_text(run, prompts):
+    """What a model card says of a judged run: a picture, the prompts, and a table, in Markdown."""
+    config, summary = run.config, run.summary
+    numbers = [
+        ("heldout", "held-out loss", 4),
+        ("distortion", "distortion of samples", 2),
+        ("concept", "concept score of samples", 2),
+    ]
+    rows = [("learning rate, steps, batch", f"{config.lr:g}, {config.steps}, {config.batch_size}")]
+    for name, words, digits in numbers:
+        if f"{name}_after" in summary:
+            before, after = (f"{summary[f'{name}_{when}']:.{digits}f}" for when in WHEN)
+            rows.append((f"{words} before, after", f"{before}, {after}"))
+    rows.append(("time, peak memory", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB"))
+    lines = ["", "![Left: the base model. Right: after training](samples/before_and_after.png)", ""]
+    lines += [f"- {' '.join(prompt.split())}" for prompt in prompts]
+    lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
+    return "\n".join(lines)
+
+
+def report(run):
+    """Lines to print of a judged run: what its summary says, and where its pictures are."""
+    summary, sheet = run.summary, run.folder / "samples/contact_sheet.png"
+
+    def change(name):
+        return f"{summary[f'{name}_before']:.2f} -> {summary[f'{name}_after']:.2f}"
+
+    lines = []
+    if "distortion_after" in summary:
+        lines += [f"distortion of the samples {change('distortion')} (0: like real clips), "
+                  f"speed of their subjects {change('speed')} of real ones'"]  # fmt: skip
+        lines += ["beside it, of real clips': "
+                  + ", ".join(f"{name} {change(name)}" for name in distortion.COMPANIONS[1:])]  # fmt: skip
+    if "similarity_after" in summary:
+        lines += [f"likeness of the samples {change('similarity')} (1: all the same)"]
+    for name, asked in (("concept", "where it is asked for"), ("concept_unasked", "where not")):
+        if f"{name}_after" in summary:
+            lines += [f"concept score {asked} {change(name)}"]
+    return [*lines, f"see {sheet}"]
+
+
+# ----------------------------------------------------------------------------------------------------- merged adapters
+
+
+@torch.no_grad()
+def merging_errors(run, merged):
+    """What merging a run's adapter into its base rounded: a dict of norms over the norm of the adapter's change.
+
+    merged: the folder that `cogvideo_lite.merge` wrote. rounding: what the dtype of the base cannot hold.
+    unchanged_share: share of the adapted weights whose bits are those of the base. nf4_error (QLoRA): what NF4 had
+    changed in the base that the adapter was trained on. Raises UserError.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+
+    run, merged = Path(os.path.expanduser(run)), Path(merged)
+    config = cl.load_config(run / "config.json")
+    base = cl.find_base(config.model)
+    dtype = cl.dtype_on_disk(base.folder / "transformer")
+    transformer = base.load("transformer", dtype)
+    cl.add_trained_lora(transformer, config, run)
+    qlora = config.method == "qlora"
+    quantized = cl.load_quantized(base, "transformer", torch.float32, "cpu") if qlora else None
+    files = sorted((merged / "transformer").glob("*.safetensors"))
+    owner = {key: file for file in files for key in safe_open(str(file), "pt").keys()}
+    change = rounding = nf4 = 0.0  # sums of squares
+    unchanged = adapted = 0  # weights
+    for name, layer in transformer.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        old, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+        new = cl.load_tensor(owner[f"{name}.weight"], f"{name}.weight")
+        change += float(delta.square().sum())
+        rounding += float((new.float() - (old.float() + delta)).square().sum())
+        unchanged, adapted = unchanged + int((new == old).sum()), adapted + old.numel()
+        if quantized:
+            coarse = quantized.get_submodule(name).weight
+            nf4 += float((dequantize_4bit(coarse.data, coarse.quant_state) - old.float()).square().sum())
+    errors = {"dtype": str(dtype).removeprefix("torch."), "rounding": (rounding / change) ** 0.5}
+    errors["unchanged_share"] = unchanged / adapted
+    return errors | ({"nf4_error": (nf4 / change) ** 0.5} if quantized else {})
+
+
+def merging_report(run, merged):
+    """Lines to print on what merging rounded."""
+    errors = merging_errors(run, merged)
+    rounding, unchanged = (f"{100 * errors[name]:.2g} %" for name in ("rounding", "unchanged_share"))
+    lines = [f"merged into {errors['dtype']}: rounding takes {rounding} of the adapter's change (norm), and leaves "
+             f"{unchanged} of the adapted weights as they were"]  # fmt: skip
+    if "nf4_error" in errors:
+        lines += ["the adapter was trained on NF4 weights; those it stands on now differ from them by "
+                  f"{errors['nf4_error']:.2g} times its change"]  # fmt: skip
+    return lines
