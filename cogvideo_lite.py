@@ -1223,6 +1223,12 @@ class Samples:
         draw = functools.partial(keyed_generator, "held-out", step=t, sample=index)
         return self.sample(files, torch.tensor(t), draw("posterior"), draw("noise"), False)
 
+    def drawn(self, latents, prompt, t):
+        """A clip that a model drew, at a timestep under noise that is the same for all of them."""
+        noise = torch.randn(latents.shape, generator=keyed_generator("drawn", "noise", t))
+        embeds = load_tensor(prompt, "prompt_embeds")
+        return {"latents": latents, "noise": noise, "timesteps": torch.tensor(t), "prompt_embeds": embeds}
+
     def sample(self, files, t, posterior, noise, dropped):
         moments = load_tensor(files[0], "moments")
         latents = draw_latents(moments, self.base.vae["scaling_factor"], posterior, self.base.patch_t)
@@ -1469,20 +1475,24 @@ def sampling_pipeline(base, transformer, dtype, device, description):
     return pipe
 
 
+@torch.no_grad()
 def generate(pipe, base, prompt_embeds, empty, config, seed):
     """Clips from the stock pipeline, given embeddings (N, L, D), so that T5 need not be in memory. Clip k starts from
-    the noise of seed + k. Returns a list of float (F, C, H, W) in [0, 1] on the CPU."""
-    clips, at_once = [], base.sampled_at_once
+    the noise of seed + k. Returns, on the CPU, a list of float (F, C, H, W) in [0, 1] and the latents (N, T, C, h, w)
+    that they were decoded from."""
+    clips, drawn, at_once, padding = [], [], base.sampled_at_once, base.latent_frames(config.frames)[1]
     for first in range(0, len(prompt_embeds), at_once):
         embeds = prompt_embeds[first : first + at_once]
-        video = pipe(
+        latents = pipe(
             prompt_embeds=embeds, negative_prompt_embeds=empty.expand_as(embeds), num_frames=config.frames,
             height=config.height, width=config.width, num_inference_steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale, max_sequence_length=base.text_length, output_type="pt",
+            guidance_scale=config.guidance_scale, max_sequence_length=base.text_length, output_type="latent",
             generator=[torch.Generator().manual_seed(seed + first + k) for k in range(len(embeds))],
-        ).frames  # (N, F, C, H, W)  # fmt: skip
-        clips += list(video.float().cpu())
-    return clips
+        ).frames  # fmt: skip
+        video = pipe.video_processor.postprocess_video(pipe.decode_latents(latents[:, padding:]), output_type="pt")
+        clips += list(video.float().cpu())  # (N, F, C, H, W)
+        drawn.append(latents.float().cpu())
+    return clips, torch.cat(drawn)
 
 
 def sample(run_or_model, prompts, seed=0, **changes):
@@ -1507,7 +1517,7 @@ def sample(run_or_model, prompts, seed=0, **changes):
         add_trained_lora(transformer, config, run)
     compute_in_dtype_of_input(transformer.requires_grad_(False), dtype)
     pipe = sampling_pipeline(base, transformer, dtype, device, "sampling")
-    return generate(pipe, base, torch.stack(embeds).to(device), empty.to(device), config, seed)
+    return generate(pipe, base, torch.stack(embeds).to(device), empty.to(device), config, seed)[0]
 
 
 def save_samples(folder, when, clips, fps):
@@ -1520,6 +1530,8 @@ def save_samples(folder, when, clips, fps):
 
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
 HELDOUT_CLIPS, WATCHED_CLIPS = 32, 4  # at most, so that measurements stay cheap
+CRITIC_TIMESTEPS = (100, 300, 500)
+SAMPLED = dict(before=0, again=1000, after=0)  # sets of samples: the seed of the first prompt, the next one's is one up
 # Not before step 50, where sound runs stumble too; then ever more seldom, since what goes wrong mostly does so early.
 WATCHED_STEPS = {50 * 2**k for k in range(20)}
 
@@ -1611,16 +1623,27 @@ class Trainer:
     def heldout_loss(self, clips=None):
         """Mean over held-out clips, or others of a cache (its `heldout` or `train`, or a part), at fixed timesteps and
         under fixed noise: comparable between steps, runs and seeds."""
+        clips = (self.cache.heldout if clips is None else clips)[:HELDOUT_CLIPS]
+        at = [functools.partial(self.samples.heldout, clip, i) for i, clip in enumerate(clips)]
+        with self.judged():
+            return float(self.losses_at(HELDOUT_TIMESTEPS, at).mean())
+
+    @torch.no_grad()
+    def losses_at(self, timesteps, clips):
+        """The loss of clips at timesteps, by the weights as they are: (clips, timesteps). Each clip is a function of a
+        timestep that returns a sample, see `Samples`."""
         self.transformer.eval()
-        clips = self.cache.heldout if clips is None else clips
-        jobs = [(clips[i], i, t) for i in range(min(HELDOUT_CLIPS, len(clips))) for t in HELDOUT_TIMESTEPS]
-        at_once, losses = 1 if self.base.large else 16, []
-        with torch.no_grad(), self.judged():
-            for k in range(0, len(jobs), at_once):
-                batch = [self.samples.heldout(*job) for job in jobs[k : k + at_once]]
-                losses.append(self.losses(self.transformer, batch))
+        jobs, at_once, losses = [(clip, t) for clip in clips for t in timesteps], 1 if self.base.large else 16, []
+        for k in range(0, len(jobs), at_once):
+            losses.append(self.losses(self.transformer, [clip(t) for clip, t in jobs[k : k + at_once]]))
         self.transformer.train()
-        return float(torch.cat(losses).mean())
+        return torch.cat(losses).view(-1, len(timesteps))
+
+    def base_losses(self, latents):
+        """The base's loss on drawn clips (K, T, C, h, w), each under its own prompt: (K,). It is for weights that are
+        the base's again."""
+        at = [functools.partial(self.samples.drawn, *drawn) for drawn in zip(latents, self.cache.prompts.values())]
+        return self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
 
     def measurements(self, step):
         """Held-out losses that are due after `step` steps, by name; 0: those of the base."""
@@ -1648,19 +1671,38 @@ class Trainer:
         return step % self.config.checkpoint_every == 0 or step == self.config.steps
 
     def generated(self, seed=0, description="sampling"):
-        """A clip of each validation prompt from the weights as they are; clip k starts from the noise of seed + k."""
+        """A clip of each validation prompt from the weights as they are; clip k starts from the noise of seed + k.
+        Returns clips and latents, as `generate` does."""
         pipe = sampling_pipeline(self.base, self.transformer, self.dtype, self.device, description)
         embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in self.cache.prompts.values()])
         embeds, empty = (e.to(self.device, self.dtype) for e in (embeds, self.samples.empty))
         with self.judged():
-            clips = generate(pipe, self.base, embeds, empty, self.config, seed)
+            drawn = generate(pipe, self.base, embeds, empty, self.config, seed)
         self.transformer.train()
-        return clips
+        return drawn
 
     def draw_samples(self, folder, when):
-        """The validation prompts, always from the same seeds, as files."""
-        clips = self.generated(description=f"sampling {when}")
+        """A set of samples of the validation prompts, always from the same seeds, as files, with their latents."""
+        clips, latents = self.generated(SAMPLED.get(when, 0), f"sampling {when}")
         save_samples(folder / "samples", when, clips, self.config.fps)
+        save_file({"latents": latents}, str(folder / f"samples/{when}.safetensors"))
+
+    def return_to_base(self):
+        """The weights as they were before training, once those that were trained are written."""
+        if self.config.method == "full":
+            load_trained(self.transformer, "full", self.base.folder)
+        else:
+            self.transformer.disable_adapters()
+
+    def judge_by_base(self, folder):
+        """Write samples/base_losses.json: the base's loss on each drawn clip under its own prompt, and on real held-out
+        clips under their captions, at the same timesteps. The weights must be the base's again. The
+        ratio of a clip's to that of the base's own clip of the same prompt and seed is its `strangeness`."""
+        drawn = {when: load_tensor(folder / f"samples/{when}.safetensors", "latents") for when in SAMPLED}
+        losses = {when: self.base_losses(latents) for when, latents in drawn.items()}
+        real = [functools.partial(self.samples.heldout, c, i) for i, c in enumerate(self.cache.heldout[:WATCHED_CLIPS])]
+        losses["heldout"] = self.losses_at(CRITIC_TIMESTEPS, real).mean(1).tolist()
+        write_json(folder / "samples/base_losses.json", {"timesteps": CRITIC_TIMESTEPS, **losses})
 
     def save_checkpoint(self, folder, step):
         """Write checkpoint-STEP whole or not at all, then remove the oldest past the limit. Nothing is pickled. Of data
@@ -1776,8 +1818,8 @@ def train(config, callbacks=()):
         banner(trainer, reasons, folder)
         drawn = all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts)))
         refuse((done and not drawn, f"run '{folder}': its samples before training are gone; start a new run"))
-        if not drawn:
-            trainer.draw_samples(folder, "before")
+        for when in () if drawn else ("before", "again"):
+            trainer.draw_samples(folder, when)
     began = read_metrics(folder / "metrics.jsonl")[0] if done else trainer.measurements(0)
     bar = tqdm(total=config.steps, initial=done, desc="training", disable=not main)
     try:
@@ -1810,6 +1852,8 @@ def train(config, callbacks=()):
         save_trained(trainer.transformer, config.method, folder)
     trainer.draw_samples(folder, "after")
     run.metrics[-1]["heldout_loss"] = run.metrics[-1].get("heldout_loss") or trainer.heldout_loss()
+    trainer.return_to_base()
+    trainer.judge_by_base(folder)
     return finish(run, time.perf_counter() - started, list(cache.prompts))
 
 

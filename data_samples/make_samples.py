@@ -1119,6 +1119,36 @@ def subject_iou(video):
     return float(iou.max(dim=1).values.mean())
 
 
+def ground_error(video, starts=256, kept=8, steps=40):
+    """How far what surrounds the subject of a clip (F, 3, H, W) is from any ground that the world can draw, which stands still: root mean
+    square of the distance in colour, about 0.01 for real clips. The four phases of the ground's texture are fitted, from the best of
+    `starts` random ones."""
+    video = video.float()
+    ground = read_ground(video)
+    mask = ground_distance(video, ground) > 0.2
+    mask &= F.avg_pool2d(mask.float()[:, None], 7, 1, 3, divisor_override=1)[:, 0] >= 5
+    species = (*CREATURES, CONCEPT)
+    pose, iou = fit_pose(mask | enclosed(mask), species)
+    s = int(iou.mean(0).argmax())
+    around = outline(species[s], pose[:, s]) > 2  # (F, H, W); what is no creature counts as ground, torn legs too
+    base, crest = (torch.tensor(c)[:, None, None] for c in GROUNDS[ground])
+    seen = around.float().sum(0)
+    picture = (video * around[:, None]).sum(0) / seen.clamp_min(1e-6)
+    height = ((picture - base) * crest).sum(0) / (crest**2).sum()
+    misfit = lambda phases: ((ground_texture(ground, phases) - height).square() * seen / len(video)).mean((1, 2))  # noqa: E731
+    phases = torch.rand(starts, 4, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        phases = phases[misfit(phases).argsort()[:kept]].clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([phases], lr=0.02)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            misfit(phases).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        drawn = base + crest * ground_texture(ground, phases[misfit(phases).argmin()][None])
+        return float((video - drawn).square().sum(1)[around].mean().sqrt())
+
+
 def read_clip(video, species=tuple(CREATURES), paints=None):
     """Read one clip, float (F, 3, H, W) in [0, 1]."""
     return truth_report([video], species, paints, progress=False)[0]

@@ -31,6 +31,10 @@ pictures = cl.load_instrument("pictures")
 REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
 MEASURE_VERSION = 5  # to be raised when `distortion.measure` changes, so that cached statistics are made again
 WHEN = ("before", "after")
+PARTS = ("shape", "motion", "texture")  # of the distortion score
+LEAST_SPREAD = 0.05  # of a part among the base's samples: less would be luck
+WORSE = 2.0  # spreads by which a sample counts as worse than the base's
+STRANGEST = 1.7  # times as strange to the base as real clips: more marks a ruined run (results/README.md)
 
 
 def spread(clips):
@@ -139,6 +143,26 @@ def medians(rows, clips, concept=None):
             if scores:
                 found[f"{name}_{when}"] = statistics.median(scores)
     return found
+
+
+def changes(rows):
+    """How much further from real clips each sample lies than the base's of the same prompt and seed, part by part:
+    {part: a number for each prompt}, in units of how much the base's own two samples of a prompt differ. rows: as
+    `judge_samples` returns them, with "before", "again" and "after" judged."""
+    out = {}
+    for part in PARTS:
+        first, second, after = (np.array([row[when][part] for row in rows]) for when in ("before", "again", "after"))
+        spread = max(float(np.sqrt(np.mean((second - first) ** 2) / 2)), LEAST_SPREAD)
+        out[part] = ((after - first) / spread).tolist()
+    return out
+
+
+def strangeness(losses):
+    """How many times as strange to the base the samples are as the base's own of the same prompts and seeds; and how
+    many times real held-out clips are: geometric means over prompts. losses: samples/base_losses.json, see
+    `cogvideo_lite.Trainer.judge_by_base`."""
+    before, after, real = (statistics.geometric_mean(losses[name]) for name in ("before", "after", "heldout"))
+    return after / before, real / before
 
 
 def save_pictures(folder, prompts, clips, fps):

@@ -386,7 +386,7 @@ class Bench:
 
     def judge(self, step, blend=1.0):
         """Rows of two tables, one a prompt and one in all; and the clips, rounded to the 8 bits that are kept."""
-        clips = [(255 * clip).round() / 255 for clip in self.trainer.generated(SAMPLING_SEED)]
+        clips = [(255 * clip).round() / 255 for clip in self.trainer.generated(SAMPLING_SEED)[0]]
         with self.trainer.judged(), torch.no_grad():
             change = self.weight_change()
         key = {"arm": self.arm.name, "seed": self.seed, "step": step, "blend": blend}
@@ -574,7 +574,7 @@ def run_style(arm, seed, work):
         if metrics is None:  # what was judged before stands
             break
         row = {"arm": arm, "seed": seed, "step": step}
-        clips = [clip[SAMPLED_FRAMES] for clip in trainer.generated(SAMPLING_SEED)]
+        clips = [clip[SAMPLED_FRAMES] for clip in trainer.generated(SAMPLING_SEED)[0]]
         save_picture({**row, "blend": 1}, clips, style_prompts())
         for measure, read in (("style", world.style_score), ("pose_iou", world.subject_iou)):
             with torch.no_grad():

@@ -1,0 +1,301 @@
+"""Which number of one run tells ruin from soundness? The judges of samples, held against the renderer's truth.
+
+    python notebooks/judges.py run       trains 17 settings with three fresh seeds, draws clips and judges them  (40 min)
+    python notebooks/judges.py blind     what the base's loss sees and does not see: clips changed in known ways   (1 min)
+    python notebooks/judges.py table     what came of it, as the findings' page shows it
+
+A run draws four prompts and knows nothing else, so each number here is of one training seed and these four prompts. The
+truth is the renderer's, over twelve prompts: `pose_iou`, how well outlines fit real poses, and `ground_error`, how far
+what surrounds the subject is from any ground that can be drawn. `run` adds to results/judges.csv, a row a clip, and
+goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import findings  # noqa: E402
+import study  # noqa: E402
+from study import cl, distortion, judge, world  # noqa: E402
+
+SETTINGS = (
+    "full 2e-3 batch 4", "lora 2e-3 recipe", "full 1e-4 recipe", "full 2e-3", "lora 2e-3", "full 1e-4", "full 6e-4",
+    "lora 6e-3", "full 2e-4", "lora 6e-4", "full 2e-3 prior", "full 6e-3", "lora 2e-2", "full 6e-4 prior",
+    "lora 6e-3 alpha 64", "full 2e-4 lion8bit", "full 2e-3 ema 0.99",
+)  # fmt: skip
+ABOVE = ("full 2e-3", "full 6e-3", "lora 2e-2")  # so begin the settings above the stability limit (findings, 3)
+TUNED_SEEDS, FRESH_SEEDS = (1,), (21, 22, 23)  # the judges and their limit were chosen by the former
+BASE_SEEDS = (1000, 2000)  # of the noise that the base's two sets of samples start from; the tuned models' is the first
+DRAWN_BY_A_RUN = 2  # prompts of each set
+# Put before a model of the fresh seeds was trained.
+CLAIMS = (
+    ("strangeness", "AUC", 0.98, "strangeness of four prompts separates settings above the limit from those below"),
+    ("texture", "AUC", 0.98, "so does the change of texture"),
+    (
+        "excess",
+        "limit",
+        judge.STRANGEST,
+        "a strangeness so many times that of real clips marks those above, and no other",
+    ),
+    ("strangeness", "pose_iou", 0.75, "among sound models, strangeness goes with the renderer's truth on outlines"),
+    ("strangeness", "ground_error", 0.75, "among sound models, strangeness goes with the truth on grounds"),
+)
+
+
+def model_file(work, name, seed):
+    return work / f"judges/{name.replace(' ', '_')}_seed_{seed}.safetensors"
+
+
+def trained(name, seed, work):
+    """Train a setting and draw the study's prompts: latents and what is known of the model, kept in a file. Seeds of
+    the base are those of its noise."""
+    file = model_file(work, name, seed)
+    if not file.exists():
+        base_only = name == "base"
+        arm = (
+            study.Arm("base", (), {**study.CASE, **study.FULL, "lr": 1e-6}, (1,))
+            if base_only
+            else study.study_arms()[name]
+        )
+        steps = 0 if base_only else min(step for step in arm.at if step >= 400)
+        bench = study.Bench(dataclasses.replace(arm, at=(max(steps, 1),)), seed, work)
+        for step in range(steps):
+            bench.trainer.step(step)
+        latents = bench.trainer.generated(seed if base_only else BASE_SEEDS[0])[1]
+        known = {f"loss_{where}": loss for where, loss in bench.losses().items()}
+        with bench.trainer.judged(), torch.no_grad():
+            known["weight_change"] = bench.weight_change()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents.contiguous()}, f"{file}.partial", {"known": json.dumps(known)})
+        os.replace(f"{file}.partial", file)
+    with safe_open(str(file), "pt") as opened:
+        return opened.get_tensor("latents"), json.loads(opened.metadata()["known"])
+
+
+class Critic:
+    """The base: decodes latents, and says how likely it finds them."""
+
+    def __init__(self):
+        self.base = cl.find_base(cl.Config.model)
+        transformer = self.base.load("transformer", torch.float32).eval()
+        self.pipe = cl.sampling_pipeline(self.base, transformer, torch.float32, torch.device("cpu"), "")
+        self.rotary = cl.rotary_embedding(self.base, transformer, world.FRAMES, world.SIZE, world.SIZE, "cpu")
+        self.alpha_bar = self.base.load("scheduler").alphas_cumprod.double()
+
+    def embedded(self, prompts):
+        return torch.stack(cl.encode_prompts(self.base, list(prompts), torch.device("cpu"), torch.float32))
+
+    @torch.no_grad()
+    def losses(self, latents, embeds):
+        """As cogvideo_lite.Trainer.base_losses, of latents (N, T, C, h, w) under embeddings (N, L, D): a list of N."""
+        losses = []
+        for t in cl.CRITIC_TIMESTEPS:
+            noise = torch.randn(latents[0].shape, generator=cl.keyed_generator("drawn", "noise", t)).expand_as(latents)
+            batch = {
+                "latents": latents,
+                "noise": noise,
+                "timesteps": torch.full((len(latents),), t),
+                "prompt_embeds": embeds,
+            }
+            losses.append(cl.velocity_loss(self.pipe.transformer, batch, self.alpha_bar, self.rotary, torch.float32))
+        return torch.stack(losses).mean(0).tolist()
+
+    @torch.no_grad()
+    def decoded(self, latents):
+        """Clips, rounded to the 8 bits that a file keeps."""
+        video = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(latents), output_type="pt")
+        return [(255 * clip).round() / 255 for clip in video.float()]
+
+    @torch.no_grad()
+    def coded(self, clips):
+        """Latents of clips (F, C, H, W)."""
+        video = torch.stack(list(clips)).mul(2).sub(1).transpose(1, 2)
+        mode = self.pipe.vae.encode(video).latent_dist.mode()
+        return mode.transpose(1, 2) * self.base.vae["scaling_factor"]
+
+
+def judged(name, seed, work):
+    """{table: rows} of a model."""
+    latents, known = trained(name, seed, work)
+    critic, prompts, real, rows = Critic(), study.study_prompts(), study.references(work), []
+    losses = critic.losses(latents, critic.embedded(prompt for _, prompt in prompts))
+    for (where, prompt), clip, loss in zip(prompts, critic.decoded(latents), losses):
+        row = {"arm": name, "seed": seed, **known, "set": where, "prompt": prompt, **study.scored(clip, real[where])}
+        some = clip[study.SAMPLED_FRAMES]
+        with torch.no_grad():
+            row |= {"pose_iou": world.subject_iou(some), "concept": world.concept_score(some)}
+        rows.append({**row, "ground_error": world.ground_error(some), "base_loss": loss})
+    return {"judges": rows}
+
+
+# --------------------------------------------------------------------------------------------------- numbers of one run
+
+
+def models():
+    """(setting, seed) -> rows of its clips, in the order of the prompts."""
+    out = {}
+    for row in study.read_table(study.table("judges")):
+        out.setdefault((row["arm"], int(row["seed"])), []).append(row)
+    return out
+
+
+def of_a_run(rows):
+    """Of a model's rows those of the prompts that a run draws."""
+    return [row for where in ("concept", "away") for row in [r for r in rows if r["set"] == where][:DRAWN_BY_A_RUN]]
+
+
+def numbers(rows, before, again, real_loss):
+    """What one run could print of itself: {name: number}, larger for worse."""
+    (after, first, second) = (of_a_run(r) for r in (rows, before, again))
+    parts = [{"before": b, "again": a, "after": c} for b, a, c in zip(first, second, after)]
+    losses = {when: [row["base_loss"] for row in r] for when, r in (("before", first), ("after", after))}
+    strangeness, of_real = judge.strangeness({**losses, "heldout": [real_loss]})
+    return {
+        "strangeness": strangeness,
+        "excess": strangeness / of_real,
+        **{part: statistics.fmean(values) for part, values in judge.changes(parts).items()},
+        "distortion": statistics.median(row["score"] for row in after),
+        "held-out loss": rows[0]["loss_concept"],
+        "change of the weights": rows[0]["weight_change"],
+    }
+
+
+def auc(values, above):
+    """Share of pairs, one model above the limit and one below, in which the former's number is the larger."""
+    pairs = [
+        (a, b)
+        for a, b in itertools.product(*([v for v, x in zip(values, above) if x == side] for side in (True, False)))
+    ]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+
+
+def partial_spearman(x, y, *others):
+    """Spearman's coefficient of x and y once what ranks of others say of either is taken off."""
+    from scipy.stats import pearsonr, rankdata
+
+    design = np.column_stack([np.ones(len(x)), *map(rankdata, others)])
+    rest = [rankdata(v) - design @ np.linalg.lstsq(design, rankdata(v), rcond=None)[0] for v in (x, y)]
+    return pearsonr(*rest).statistic
+
+
+def compared(seeds):
+    """Rows of the table: for each number of one run AUC, the gap, and correlations with the truth, over models of seeds."""
+    of_models, real = models(), heldout_loss_of_base()
+    before, again = (of_models["base", seed] for seed in BASE_SEEDS)
+    chosen = {key: rows for key, rows in of_models.items() if key[1] in seeds}
+    above = [key[0].startswith(ABOVE) for key in chosen]
+    values = [numbers(rows, before, again, real) for rows in chosen.values()]
+    truth = {name: [sign * statistics.fmean(row[name] for row in rows) for rows in chosen.values()]
+             for name, sign in (("pose_iou", -1), ("ground_error", 1))}  # fmt: skip
+    others = [
+        [statistics.fmean(r[name] for r in rows) for rows in chosen.values()] for name in ("concept", "weight_change")
+    ]
+    from scipy.stats import spearmanr
+
+    out = []
+    for name in values[0]:
+        mine = [v[name] for v in values]
+        row = {"number": name, "n": len(mine), "AUC": f"{auc(mine, above):.2f}"}
+        lowest, highest = min(v for v, x in zip(mine, above) if x), max(v for v, x in zip(mine, above) if not x)
+        row["lowest above, highest below"] = f"{lowest:.3g}, {highest:.3g}"
+        for of, true in truth.items():
+            sound = [k for k, x in enumerate(above) if not x]
+            row[f"{of}, all"] = f"{spearmanr(mine, true).statistic:.2f}"
+            row[f"{of}, sound"] = f"{spearmanr([mine[k] for k in sound], [true[k] for k in sound]).statistic:.2f}"
+            row[f"{of}, alike"] = f"{partial_spearman(mine, true, *others):.2f}"
+        out.append(row)
+    return out
+
+
+def heldout_loss_of_base():
+    """The base's loss on real held-out clips of the concept, as a run measures it: geometric mean."""
+    row = next(r for r in study.read_table(study.table("blind")) if r["clips"] == "real clips of the concept, held out")
+    return row["base_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------- blind spots
+
+
+def blind(work):
+    """Write results/study_blind.csv: how strange clips are that were changed in known ways, over the base's samples."""
+    critic, prompts = Critic(), [prompt for _, prompt in study.study_prompts()]
+    embeds = critic.embedded(prompts)
+    latents = trained("base", BASE_SEEDS[0], work)[0]
+    own = critic.losses(latents, embeds)
+    clips = critic.decoded(latents)
+    geometric = statistics.geometric_mean
+    blur = lambda clip, sigma: torch.from_numpy(
+        np.stack([cv2.GaussianBlur(f, (0, 0), sigma) for f in clip.permute(0, 2, 3, 1).numpy()])
+    ).permute(0, 3, 1, 2)  # noqa: E731
+    changed = {
+        "the base's samples": clips,
+        "blurred (1 px)": [blur(clip, 1.0) for clip in clips],
+        "frozen: one frame throughout": [clip[8:9].expand_as(clip) for clip in clips],
+        "faded to half the contrast": [(clip + clip.mean()) / 2 for clip in clips],
+        "grey": [clip.mean(1, keepdim=True).expand_as(clip) for clip in clips],
+        "played backwards": [clip.flip(0) for clip in clips],
+        "uniform grey, nothing to see": [torch.full_like(clip, 0.5) for clip in clips],
+        "noise": [torch.rand(clip.shape, generator=torch.Generator().manual_seed(k)) for k, clip in enumerate(clips)],
+    }
+    for name in ("wave", "swirl", "blotches"):
+        change, strengths = study.DISTORTIONS[name]
+        changed[f"{name}, middle strength"] = [
+            torch.from_numpy(change(clip.numpy(), strengths[2], np.random.default_rng(k), None)).float()
+            for k, clip in enumerate(clips)
+        ]
+    rows = [
+        {"clips": name, "base_loss": geometric(critic.losses(critic.coded(c), embeds))} for name, c in changed.items()
+    ]
+    asked = embeds.roll(5, 0)
+    rows.append({"clips": "of another prompt than is said", "base_loss": geometric(critic.losses(latents, asked))})
+    for words, folder in (
+        ("real clips of the concept, held out", "data_samples/spider-heldout"),
+        ("real clips that were trained on (a perfect copy)", "data_samples/spider"),
+        ("real clips of what the base knows", "data_samples/away"),
+    ):
+        real = cl.read_clips(folder)[:16]
+        loss = geometric(critic.losses(critic.coded([c.video for c in real]), critic.embedded(c.caption for c in real)))
+        rows.append({"clips": words, "base_loss": loss})
+    for row in rows:
+        row["strangeness"] = row["base_loss"] / geometric(own)
+    study.table("blind").unlink(missing_ok=True)
+    study.append_rows(study.table("blind"), rows)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "blind", "table"], help="see above")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of training [the fresh ones; table: both kinds]")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
+    parser.add_argument("--work", type=Path, default="~/.cache/cogvideo_lite/study", help="cache, models [%(default)s]")
+    args = parser.parse_args(argv)
+    work = args.work.expanduser()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    study.begin_process()
+    if args.command == "run":
+        tasks = [("base", seed) for seed in BASE_SEEDS]
+        tasks += [(name, seed) for seed in args.seeds or FRESH_SEEDS for name in SETTINGS]
+        study.fill("judges", ("arm", "seed"), judged, tasks, work, args.jobs)
+    elif args.command == "blind":
+        print(findings.markdown(blind(work)))
+    else:
+        for seeds in [args.seeds] if args.seeds else (TUNED_SEEDS, FRESH_SEEDS):
+            print(f"\ntraining seeds {', '.join(map(str, seeds))}\n\n{findings.markdown(compared(seeds))}")
+
+
+if __name__ == "__main__":
+    main()
