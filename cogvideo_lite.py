@@ -2115,8 +2115,8 @@ def blend(run, share, out=None):
     summary = {"blend_of": str(run.folder.resolve()), "blend_share": share, "steps": run.summary["steps"]}
     write_json(out / "summary.json", summary)  # with it, `sample` takes the folder for a run's
     write_json(out / "samples/prompts.json", {prompt: portable(real) for prompt, real in prompts.items()})
-    for k in range(len(prompts)):
-        shutil.copy(run.folder / f"samples/before-{k}.mp4", out / "samples")
+    for file in (file for when in ("before", "again") for file in run.folder.glob(f"samples/{when}-*.mp4")):
+        shutil.copy(file, out / "samples")
     save_samples(out / "samples", "after", sample(out, prompts, seed=0), config.fps)
     return Run(out, config, summary, [])
 

@@ -13,7 +13,7 @@ of other clips, K frequencies.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -61,6 +61,7 @@ class Reference:
     typical: dict  # measure -> (median, spread) of how far one reference clip lies from the others
     companions: dict  # companion -> median
     usual: float  # median over reference clips of shape + motion + texture
+    noticed: float | None = None  # how well clips of this kind that were bent on purpose are noticed, see `noticed`
 
 
 def scaled_for_measuring(clip):
@@ -400,6 +401,20 @@ def reference_statistics(clips):
     companions = {name: float(np.median([m[name] for m in measured])) for name in COMPANIONS}
     usual = float(np.median([sum(aspects(f, typical)) for f in far]))
     return Reference([{k: m[k] for k in REFERENCE_MEASURES} for m in measured], typical, companions, usual)
+
+
+def noticed(clips, reference):
+    """How well the score separates real clips from the same clips bent on purpose, by `swirl` and `elastic` at middle
+    strength: AUC, 1 for always, 0.5 for not at all. It says whether the score can be relied on for clips of this kind.
+    clips: those that the reference was made of, or the first of them."""
+    clean, bent = [], []
+    for k, clip in enumerate(map(as_clip, clips)):
+        rest = replace(reference, clips=reference.clips[:k] + reference.clips[k + 1 :])
+        clean.append(distortion(clip, rest).score)
+        for change, strengths in (DISTORTIONS["swirl"], DISTORTIONS["elastic"]):
+            changed = change(clip, strengths[len(strengths) // 2], np.random.default_rng(k), None)
+            bent.append(distortion(changed, rest).score)
+    return float(np.mean([(b > c) + (b == c) / 2 for b in bent for c in clean]))
 
 
 def distortion(clip, reference):

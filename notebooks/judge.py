@@ -1,10 +1,12 @@
-"""A finished run's samples: are their subjects bent, do they show the concept, are they all alike?
+"""A finished run's samples: did training ruin them, do they show the concept, are they all alike?
 
     python cogvideo_lite.py --judge runs/lora-...          (the command line does it by itself when a run has ended)
 
-`judge` reads the clips that a run left in its samples/, before and after training, and compares them with real clips.
-It writes samples/distortion.json, a contact sheet and an animation, adds medians to summary.json, and writes the model
-card anew with them. Doing it twice gives the same files.
+Two judges look at each sample beside the base's of the same prompt and seed. The base itself says how strange it finds
+the sample (`strangeness`; the script measured that when it drew the samples). The distortion score says how much further
+from real clips it lies than the base's, part by part (`changes`). `judge` writes samples/distortion.json, a contact
+sheet and an animation, adds what was found to summary.json, and writes the model card anew with it. Doing it twice gives
+the same files.
 """
 
 import dataclasses
@@ -29,11 +31,13 @@ distortion = cl.load_instrument("distortion")
 pictures = cl.load_instrument("pictures")
 
 REFERENCE_CLIPS = 48  # as many are enough to know how much real clips differ
-MEASURE_VERSION = 5  # to be raised when `distortion.measure` changes, so that cached statistics are made again
-WHEN = ("before", "after")
+MEASURE_VERSION = 6  # to be raised when `distortion.measure` changes, so that cached statistics are made again
+WHEN, JUDGED = ("before", "after"), ("before", "again", "after")  # sets of samples that are shown, and judged
 PARTS = ("shape", "motion", "texture")  # of the distortion score
 LEAST_SPREAD = 0.05  # of a part among the base's samples: less would be luck
 WORSE = 2.0  # spreads by which a sample counts as worse than the base's
+WORDS = dict(shape="outlines", motion="motion", texture="grounds")
+TRIED, NOTICED = 6, 0.9  # real clips that are bent on purpose to try the score; AUC from which it can be relied on
 STRANGEST = 1.7  # times as strange to the base as real clips: more marks a ruined run (results/README.md)
 
 
@@ -52,7 +56,8 @@ def cached_reference(clips, folder, skip_bad=False):
     file = folder / f"reference-{cl.digest(MEASURE_VERSION, content)}.safetensors"
     if not cl.is_cached(file, "0.outlines"):
         made = distortion.reference_statistics(videos(clips, skip_bad))
-        numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual")}
+        made.noticed = distortion.noticed(list(videos(clips[:TRIED], skip_bad)), made)
+        numbers = {name: json.dumps(getattr(made, name)) for name in ("typical", "companions", "usual", "noticed")}
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
         # safetensors would write a view of another array out of order
@@ -108,15 +113,17 @@ def judge_samples(folder, prompts, references, truth=None):
     """Judge the samples of a run's folder. prompts: prompt -> folder of real clips; references: that folder ->
     Reference.
 
-    Returns (rows, clips). A row a prompt, as samples/distortion.json has them: the fields of Distortion for "before"
-    and "after", or null where there is no reference, and `concept` by the truth, if there is one. clips: "before" and
-    "after" -> list of float (F, C, H, W). Raises UserError where a sample is missing.
+    Returns (rows, clips). A row a prompt, as samples/distortion.json has them: the fields of Distortion for "before",
+    "again" (the base's from another seed; older runs have none) and "after", or null where there is no reference, and
+    `concept` by the truth, if there is one. clips: such a name -> list of float (F, C, H, W). Raises UserError where a
+    sample is missing.
     """
-    clips = {when: [cl.read_video(folder / f"samples/{when}-{k}.mp4") for k in range(len(prompts))] for when in WHEN}
+    sets = [when for when in JUDGED if when in WHEN or (folder / "samples/again-0.mp4").exists()]
+    clips = {when: [cl.read_video(folder / f"samples/{when}-{k}.mp4") for k in range(len(prompts))] for when in sets}
     rows = []
     for k, (prompt, real) in enumerate(prompts.items()):
         row, reference = {"prompt": prompt}, references[real]
-        for when in WHEN:
+        for when in sets:
             row[when] = None
             if reference:
                 row[when] = dataclasses.asdict(distortion.distortion(clips[when][k], reference))
@@ -151,7 +158,7 @@ def changes(rows):
     `judge_samples` returns them, with "before", "again" and "after" judged."""
     out = {}
     for part in PARTS:
-        first, second, after = (np.array([row[when][part] for row in rows]) for when in ("before", "again", "after"))
+        first, second, after = (np.array([row[when][part] for row in rows]) for when in JUDGED)
         spread = max(float(np.sqrt(np.mean((second - first) ** 2) / 2)), LEAST_SPREAD)
         out[part] = ((after - first) / spread).tolist()
     return out
@@ -163,6 +170,46 @@ def strangeness(losses):
     `cogvideo_lite.Trainer.judge_by_base`."""
     before, after, real = (statistics.geometric_mean(losses[name]) for name in ("before", "after", "heldout"))
     return after / before, real / before
+
+
+def compared_with_base(rows, folder, references):
+    """What a summary says of a run's samples beside the base's: `strangeness`, that of real clips, and whether it is
+    `ruined`; and of each part in how many prompts it is `worse`. Each only where it was measured."""
+    found, file = {}, folder / "samples/base_losses.json"
+    if file.exists():
+        times, real = strangeness(json.loads(file.read_text("utf-8")))
+        found |= {"strangeness": times, "strangeness_of_real": real, "ruined": times > STRANGEST * max(real, 1.0)}
+    judged = [row for row in rows if all(row.get(when) for when in JUDGED)]
+    if judged:
+        changed = changes(judged)
+        found |= {f"worse_{part}": sum(x > WORSE for x in values) for part, values in changed.items()}
+        found |= {f"change_{part}": statistics.fmean(values) for part, values in changed.items()}
+        found["compared_prompts"] = len(judged)
+    noticed = [reference.noticed for reference in references.values() if reference]
+    if noticed:
+        found["distortion_noticed"] = min(noticed)
+    return found
+
+
+def verdict(summary):
+    """The first lines to print of a judged run, from its summary: is it ruined, and what is worse than the base's?"""
+    lines = []
+    if "strangeness" in summary:
+        times, real = summary["strangeness"], summary["strangeness_of_real"]
+        limit, word = STRANGEST * max(real, 1.0), "RUINED" if summary["ruined"] else "sound"
+        lines += [f"verdict: {word}. The base finds these samples {times:.1f} times as strange as its own, and real "
+                  f"clips {real:.1f} times; above {limit:.1f} a run is ruined"]  # fmt: skip
+    if "compared_prompts" in summary:
+        n = summary["compared_prompts"]
+        worse = {WORDS[part]: summary[f"worse_{part}"] for part in PARTS if summary[f"worse_{part}"]}
+        words = ", ".join(f"{name} in {number}" for name, number in worse.items())
+        lines += [
+            f"of {n} prompts, worse than the base's: {words}" if worse else f"no worse than the base's in {n} prompts"
+        ]
+    if summary.get("distortion_noticed", 1.0) < NOTICED:
+        lines += [f"the distortion score cannot be relied on here: of your own clips, bent on purpose, it separates "
+                  f"{summary['distortion_noticed']:.0%} from straight ones (50% is chance); look at the samples"]  # fmt: skip
+    return lines
 
 
 def save_pictures(folder, prompts, clips, fps):
@@ -183,9 +230,11 @@ def judge(folder):
     absent = [file for file in files if not file.exists()]
     words = f"run '{folder}': {len(absent)} samples are gone, {absent and absent[0].name} among them; train it anew"
     cl.refuse((absent, words))
-    rows, clips = judge_samples(run.folder, prompts, run_references(config, prompts), truth)
+    references = run_references(config, prompts)
+    rows, clips = judge_samples(run.folder, prompts, references, truth)
     save_pictures(run.folder / "samples", list(prompts), clips, config.fps)
     cl.write_json(run.folder / "samples/distortion.json", rows)
+    run.summary.update(compared_with_base(rows, run.folder, references))
     run.summary.update(medians(rows, clips, truth and truth.CONCEPT))
     cl.write_json(run.folder / "summary.json", run.summary)
     if run.metrics:  # a blend was never trained, and has no card
@@ -202,6 +251,9 @@ def card_text(run, prompts):
         ("concept", "concept score of samples", 2),
     ]
     rows = [("learning rate, steps, batch", f"{config.lr:g}, {config.steps}, {config.batch_size}")]
+    if "strangeness" in summary:
+        words = f"{summary['strangeness']:.1f}; of real clips {summary['strangeness_of_real']:.1f}"
+        rows.append(("strangeness to the base", words))
     for name, words, digits in numbers:
         if f"{name}_after" in summary:
             before, after = (f"{summary[f'{name}_{when}']:.{digits}f}" for when in WHEN)
@@ -220,9 +272,9 @@ def report(run):
     def change(name):
         return f"{summary[f'{name}_before']:.2f} -> {summary[f'{name}_after']:.2f}"
 
-    lines = []
+    lines = verdict(summary)
     if "distortion_after" in summary:
-        lines += [f"distortion of the samples {change('distortion')} (0: like real clips), "
+        lines += [f"distortion of the samples {change('distortion')} (0: like real clips; the base is not), "
                   f"speed of their subjects {change('speed')} of real ones'"]  # fmt: skip
         lines += ["beside it, of real clips': "
                   + ", ".join(f"{name} {change(name)}" for name in distortion.COMPANIONS[1:])]  # fmt: skip
