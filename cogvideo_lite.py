@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean as mean
+from statistics import geometric_mean
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,7 @@ class Config:
     width: int = option("pixels [the model's]", least=1)
     fps: int = option("frames per second that clips are resampled to [8; 16 for CogVideoX1.5]", least=1)
     validation_prompts: list = option("prompts sampled before and after [DATA/../prompts.json, else held-out captions]")
+    sample_every: int = option("draw samples every so many steps, too [before and after only]", least=1)
     sampling_steps: int = option("denoising steps of a sample", least=1)
     guidance_scale: float = option("classifier-free guidance of a sample", least=0)
     checkpoint_every: int = option("steps between checkpoints, and between held-out losses", least=1)
@@ -1639,12 +1641,6 @@ class Trainer:
         self.transformer.train()
         return torch.cat(losses).view(-1, len(timesteps))
 
-    def base_losses(self, latents):
-        """The base's loss on drawn clips (K, T, C, h, w), each under its own prompt: (K,). It is for weights that are
-        the base's again."""
-        at = [functools.partial(self.samples.drawn, *drawn) for drawn in zip(latents, self.cache.prompts.values())]
-        return self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
-
     def measurements(self, step):
         """Held-out losses that are due after `step` steps, by name; 0: those of the base."""
         watched = self.cache.heldout[:WATCHED_CLIPS]
@@ -1687,19 +1683,34 @@ class Trainer:
         save_samples(folder / "samples", when, clips, self.config.fps)
         save_file({"latents": latents}, str(folder / f"samples/{when}.safetensors"))
 
-    def return_to_base(self):
-        """The weights as they were before training, once those that were trained are written."""
+    def base_losses(self, folder, *sets):
+        """The base's loss on drawn clips, each under its own prompt: {set of samples: [loss, ...]}. It says how strange
+        they are to it. The weights must be the base's."""
+        losses = {}
+        for when in sets:
+            latents = load_tensor(folder / f"samples/{when}.safetensors", "latents")  # (K, T, C, h, w)
+            at = [functools.partial(self.samples.drawn, *clip) for clip in zip(latents, self.cache.prompts.values())]
+            losses[when] = self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
+        return losses
+
+    def look(self, folder, step):
+        """Samples on the way; of adapters also `strangeness`: times as strange to the base as its own."""
+        self.draw_samples(folder, f"step-{step}")
+        if self.config.method == "full":  # the base is not at hand
+            return {}
+        self.transformer.disable_adapters()
+        before, now = self.base_losses(folder, "before", f"step-{step}").values()
+        self.transformer.enable_adapters()
+        return {"strangeness": geometric_mean(now) / geometric_mean(before)}
+
+    def judge_by_base(self, folder):
+        """Write samples/base_losses.json: what the base loses on the samples before and after training, and on real
+        held-out clips, at the same timesteps. It puts the base's weights back first: those trained must be written."""
         if self.config.method == "full":
             load_trained(self.transformer, "full", self.base.folder)
         else:
             self.transformer.disable_adapters()
-
-    def judge_by_base(self, folder):
-        """Write samples/base_losses.json: the base's loss on each drawn clip under its own prompt, and on real held-out
-        clips under their captions, at the same timesteps. The weights must be the base's again. The
-        ratio of a clip's to that of the base's own clip of the same prompt and seed is its `strangeness`."""
-        drawn = {when: load_tensor(folder / f"samples/{when}.safetensors", "latents") for when in SAMPLED}
-        losses = {when: self.base_losses(latents) for when, latents in drawn.items()}
+        losses = self.base_losses(folder, "before", "after")
         real = [functools.partial(self.samples.heldout, c, i) for i, c in enumerate(self.cache.heldout[:WATCHED_CLIPS])]
         losses["heldout"] = self.losses_at(CRITIC_TIMESTEPS, real).mean(1).tolist()
         write_json(folder / "samples/base_losses.json", {"timesteps": CRITIC_TIMESTEPS, **losses})
@@ -1807,7 +1818,8 @@ def train(config, callbacks=()):
     """Fine-tune, from clips on disk to an adapter or a transformer on disk. Returns Run. Raises UserError or RunError.
     Each callback is called with the metrics of every step, a dict, after they were written: step, loss, lr, grad_norm
     (before clipping), update_ratio (norm of the change over that of the weights), changed_share (of the weights, those
-    whose bits changed), step_s; at checkpoints heldout_loss, at WATCHED_STEPS watched_loss."""
+    whose bits changed), step_s; at checkpoints heldout_loss, at WATCHED_STEPS watched_loss, with
+    --sample-every strangeness (of adapters)."""
     started = time.perf_counter()
     run, base, cache, accelerator, newest, reasons = prepare(config)
     config, folder, main = run.config, run.folder, accelerator.is_main_process
@@ -1826,6 +1838,8 @@ def train(config, callbacks=()):
         while done < config.steps:
             metrics = trainer.step(done)
             metrics |= (began if done == 0 else {}) | trainer.measurements(done + 1)
+            if config.sample_every and (done + 1) % config.sample_every == 0:
+                metrics |= trainer.look(folder, done + 1)
             done += 1
             if main:
                 append_json(folder / "metrics.jsonl", metrics)
@@ -1852,7 +1866,6 @@ def train(config, callbacks=()):
         save_trained(trainer.transformer, config.method, folder)
     trainer.draw_samples(folder, "after")
     run.metrics[-1]["heldout_loss"] = run.metrics[-1].get("heldout_loss") or trainer.heldout_loss()
-    trainer.return_to_base()
     trainer.judge_by_base(folder)
     return finish(run, time.perf_counter() - started, list(cache.prompts))
 

@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # where the script
 import cogvideo_lite as cl  # noqa: E402
 
 distortion = cl.load_instrument("distortion")
+judge = cl.load_instrument("judge")
 
 def compare(runs, out=None):
     """Write one HTML page, with everything inside, that puts finished runs side by side. Returns its path
@@ -96,7 +97,8 @@ def differences(runs):
 def measurements(runs):
     """(measurement, its value in each run) of what any of their summaries has."""
     pairs = ("heldout", "concept", "concept_unasked", "distortion", *distortion.COMPANIONS, "similarity")
-    shown = ["steps", *(f"{name}_{when}" for name in pairs for when in ("before", "after"))]
+    shown = ["steps", "ruined", "strangeness", "strangeness_of_real", *(f"worse_{part}" for part in judge.PARTS)]
+    shown += [*(f"{name}_{when}" for name in pairs for when in ("before", "after"))]
     shown += ["seconds", "peak_memory_gib"]
     rows = [(name, [measured(run.summary, name) for run in runs]) for name in shown]
     return [(name, values) for name, values in rows if any(value is not None for value in values)]

@@ -31,6 +31,8 @@ def test_each_family_trains_from_clips_to_adapter(quick, family):
     assert set(summary) == trained
     names = ("distortion", "speed", "sharpness", "saturation", "grid")
     judged = {f"{name}_{when}" for name in names for when in ("before", "after")}
+    judged |= {"strangeness", "strangeness_of_real", "ruined", "compared_prompts", "distortion_noticed"}
+    judged |= {f"{what}_{part}" for what in ("worse", "change") for part in judge.PARTS}
     assert set(judge.judge(run.folder).summary) == trained | judged
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
