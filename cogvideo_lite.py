@@ -2211,14 +2211,6 @@ def blend(run, share, out=None):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets (RTX 3060: its cores and
-# clock); GiB that torch finds, from users' out-of-memory messages, whose last digit varies with the driver.
-CARDS = {
-    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3060": (25, 12.7, 11.7),
-    "RTX 3090": (71, 36, 23.6), "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3),
-    "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
-    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1), "H200": (989, 67, 139.8),
-}  # fmt: skip
 ACTIONS = {
     "lora": dict(action="store_const", const="lora", dest="method", help="train low-rank adapters"),
     "qlora": dict(action="store_const", const="qlora", dest="method", help="the same on a base kept in 4 bits"),
@@ -2234,7 +2226,8 @@ EXTRAS = {
     "check": dict(action="store_true", help="say what in the clips is likely to harm, write check.html, and stop"),
     "plan": dict(action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"),
     "vram": dict(type=float, metavar="GIB", help="with --plan: memory that the run must fit in [the card's; 24]"),
-    "card": dict(metavar="NAME", help=f"with --plan: a card's memory and speed ({', '.join(CARDS)})"),
+    "processes": dict(type=int, metavar="N", help="with --plan: torchrun's processes, each with a card of its own [1]"),
+    "card": dict(metavar="NAME", help="with --plan: a card's memory and speed, as of 'RTX 4090'; others list all"),
     "config": dict(help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"),
 }
 SAMPLING = "out model seed frames height width fps sampling_steps guidance_scale compute_dtype".split()
@@ -2268,12 +2261,13 @@ def command_line(argv):
     todo = {name: given.pop(name) for name in ("method", *list(ACTIONS)[3:], *EXTRAS)}
     method, file = todo["method"], todo["config"]
     actions = [name for name in ("method", *list(ACTIONS)[3:]) if todo[name]]
+    of_plan = [todo[name] for name in ("vram", "card", "processes") if todo[name] is not None]
     refuse(
         (not actions and not todo["check"], f"one of --{', --'.join(ACTIONS)} or --check is required; see --help"),
         (todo["check"] and todo["plan"], "--check and --plan: one at a time"),
         (todo["check"] and actions not in ([], ["method"]), "--check: alone, or with --lora, --qlora or --full"),
         (todo["plan"] and not method, "--plan: goes with --lora, --qlora or --full"),
-        (not todo["plan"] and (todo["vram"] is not None or todo["card"]), "--vram and --card: only with --plan"),
+        (of_plan and not todo["plan"], "--vram, --card and --processes: only with --plan"),
         (file and not (method or todo["check"]), "--config: goes with --lora, --qlora, --full or --check"),
         (todo["run"] and not todo["sample"], "--run: only for --sample; a run is continued with --resume --out RUN"),
     )
@@ -2298,7 +2292,7 @@ def command_line(argv):
     else:
         config = configured(method, given, file)
         if todo["plan"]:
-            load_instrument("plan").plan_command(config, todo["vram"], todo["card"])
+            load_instrument("plan").plan_command(config, todo["vram"], todo["card"], todo["processes"])
             return
         report("check", lambda check: check.warnings(config))
         if run := train(config):
