@@ -9,7 +9,8 @@
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept, cache,
 diffusion, adapters, several processes, optimizers, checkpoints, sampling, training, a run's folder, command line. The
 model classes are diffusers' own, and so is the sampler. What is written here is what happens between a folder of clips
-and weights that stock diffusers loads. What looks at that from outside (check, plan, judge, compare) is in notebooks/.
+and weights that stock diffusers loads. What looks at that from outside (check, plan, judge, compare), and the way to
+DeepSpeed's engine (zero), lie in notebooks/.
 
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
 and width, L text tokens, D text width.
@@ -116,6 +117,7 @@ class Config:
     offload_activations: bool = option("keep activations that backward needs in host memory meanwhile", False)
     quantize_text_encoder: str = option("quantize T5 while it encodes prompts", choices=["4bit", "8bit"])
     compile: bool = option("torch.compile the transformer before the first step", False)
+    deepspeed: str = option("--full by DeepSpeed as in a JSON file; none: ZeRO-2, optimizer on the host", const="zero2")
     shard: bool = option("spread weights, gradients and states over torchrun's processes [each holds all]", False)
     compute_dtype: str = option("arithmetic [chosen by a probe]", choices=["float32", "bfloat16", "float16"])
 
@@ -183,6 +185,9 @@ def resolve(config, base=None, processes=None):
     source, reasons = dict(recipe.pop("source")), []
     processes = processes or int(os.environ.get("WORLD_SIZE", 1))
     recipe["batch_size"] = math.ceil(recipe["batch_size"] / processes) * processes
+    if config.deepspeed == "none":
+        config = dataclasses.replace(config, deepspeed=None)
+    recipe |= dict(optimizer="adamw", trained_dtype="float32") if config.deepspeed else {}  # on float32 copies
     native = dict(frames=base.frames, height=base.native[0], width=base.native[1], fps=base.fps)
     taken, native = ({k: v for k, v in d.items() if getattr(config, k) is None} for d in (recipe, native))
     config = dataclasses.replace(config, **taken, **native)
@@ -217,13 +222,15 @@ def resolve(config, base=None, processes=None):
         reasons.append(("weights", reason))
     accumulates, large_full = config.batch_size > processes * micro, config.method == "full" and base.large
     if config.fused_backward is None:
-        config.fused_backward = large_full and not accumulates
+        config.fused_backward = large_full and not accumulates and not config.deepspeed
         reason = "after backward, all gradients in memory at once, since they are summed up over --micro-batch-size"
         if config.fused_backward:
             reason = "runs inside backward, so that gradients never live together; no clipping to a global norm"
-        reasons += [("optimizer", reason)] * large_full
+        reasons += [("optimizer", reason)] * (large_full and not config.deepspeed)
     how = "each holds everything, and gradients are averaged after backward; where that does not fit, --shard does"
-    if config.shard:
+    if config.deepspeed:
+        how = "DeepSpeed spreads states and gradients over them (--deepspeed), or moves them to the host"
+    elif config.shard:
         how = "each holds some rows of every tensor (--shard), so that cards too small for all of it can train it"
     elif config.fused_backward:
         how = "each holds everything; each gradient is averaged, and stepped, as soon as backward has it"
@@ -249,7 +256,7 @@ def portable(path):
 
 
 def load_instrument(name):
-    """A file of notebooks/ that looks at a run from outside: plan, judge, compare. Raises UserError without it."""
+    """A file of notebooks/: one that looks at a run from outside, or zero. Raises UserError where it is not there."""
     path = HERE / f"notebooks/{name}.py"
     refuse((not path.exists(), f"{path} is not there; it comes with the whole repository (training works without it)"))
     sys.modules.setdefault("cogvideo_lite", sys.modules[__name__])  # this may be __main__; not to be loaded twice
@@ -859,7 +866,7 @@ def load_transformer(config, base, dtype, device):
     if config.method == "qlora":
         return load_quantized(base, "transformer", dtype, device)
     stored = trained_dtype(config) if config.method == "full" else frozen_dtype(base, dtype)
-    return base.load("transformer", stored).to(device)
+    return base.load("transformer", dtype if config.deepspeed else stored).to(device)
 
 
 class ConvertingProduct(torch.autograd.Function):
@@ -1863,12 +1870,14 @@ def prepare(config):
         dtype, reason = choose_compute_dtype(accelerator.device, base, config.compute_dtype)
     (config.compute_dtype,) = broadcast_object_list([str(dtype).removeprefix("torch.")])  # one for all processes
     reasons.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
-    kind = accelerator.distributed_type.name
+    if config.deepspeed:
+        load_instrument("zero").refuse_what_it_does_not(config)
+    kind, spread = accelerator.distributed_type.name, config.shard or config.deepspeed
     refuse(
         (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"),
-         f"accelerate launch: its settings for {kind} are not used; start with torchrun, and --shard"),
-        (config.shard and kind == "NO", "--shard: for several processes; start with torchrun --nproc_per_node N "
-         "cogvideo_lite.py, or leave it out (--no-shard)"),
+         f"accelerate launch: its settings for {kind} are not used; start with torchrun, and --shard or --deepspeed"),
+        (spread and kind == "NO", "--shard and --deepspeed: for several processes; start with torchrun "
+         "--nproc_per_node N cogvideo_lite.py, or leave them out (--no-shard, --deepspeed none)"),
         (config.shard and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),  # its gloo summed, not averaged
          f"--shard: needs torch 2.10 or newer, and this is {torch.__version__}"),
         (wanted and dtype == torch.float16, FUSED_IN_FP16),
@@ -1895,7 +1904,8 @@ def train(config, callbacks=()):
     started = time.perf_counter()
     run, base, cache, accelerator, newest, reasons = prepare(config)
     config, folder, main = run.config, run.folder, accelerator.is_main_process
-    trainer = Trainer(config, base, cache, accelerator)
+    engine = load_instrument("zero").Trainer if config.deepspeed else Trainer
+    trainer = engine(config, base, cache, accelerator)
     done = trainer.load_checkpoint(newest) if newest else 0
     if main:
         begin_folder(run, newest, done)
@@ -1918,7 +1928,8 @@ def train(config, callbacks=()):
                 run.metrics.append(metrics)
                 trainer.updates.under_way = False
                 bar.update()
-                bar.set_postfix_str("loss {loss:.3f}, update {update_ratio:.1e}, {step_s:.2f} s".format(**metrics))
+                ratio = f"update {metrics['update_ratio'] or math.nan:.1e}"  # DeepSpeed does not tell
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ratio}, {metrics['step_s']:.2f} s")
             if trainer.pauses(done):
                 trainer.save_checkpoint(folder, done)
             for callback in callbacks if main else ():
@@ -1927,7 +1938,7 @@ def train(config, callbacks=()):
     except (RunError, OSError, SafetensorError) as error:
         raise RunError(f"{error}; {len(checkpoints(folder))} checkpoints are in {folder}")
     except KeyboardInterrupt:
-        if main and done > 0 and not (config.shard or trainer.updates.under_way):
+        if main and done > 0 and not (config.shard or config.deepspeed or trainer.updates.under_way):
             trainer.save_checkpoint(folder, done)
         raise RunError(f"stopped at step {done}; go on with --{config.method} --resume --out {folder}")
     finally:
@@ -2250,6 +2261,7 @@ def parser():
             how = dict(action=argparse.BooleanOptionalAction)
         else:
             kind, many = (str, {"nargs": "+"}) if f.type is list else (f.type, {})
+            many |= dict(nargs="?", const=f.metadata["const"]) if "const" in f.metadata else {}
             how = dict(type=kind, choices=f.metadata.get("choices"), metavar=kind.__name__.upper(), **many)
         out.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **how)
     return out

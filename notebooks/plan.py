@@ -876,7 +876,7 @@ def plan(config, card=True, processes=1):
     """Predict what a run would need, without its weights or clips. Returns Plan. Raises UserError.
 
     card: on a GPU, with what its allocator reserves and the context; otherwise the tensors alone, as on a CPU. Of
-    several processes it is what each needs. No torch.compile. The arithmetic, if the configuration does
+    several processes it is what each needs. No torch.compile, no DeepSpeed. The arithmetic, if the configuration does
     not say, is bf16 for a large model and float32 for a small one.
     """
     resolved, base = resolve_plan(config, processes)
@@ -913,6 +913,7 @@ def changed(config, **changes):
 def resolve_plan(config, processes=1, **changes):
     """(resolved Config, Described) of a configuration with some options changed. Raises UserError."""
     asked = changed(config, **changes)
+    cl.refuse((asked.deepspeed, "--plan: knows --shard, but not what --deepspeed takes; leave that out"))
     config, base, _ = cl.resolve(asked, describe(asked.model), processes)
     config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
     if config.compute_dtype == "float16" and config.fused_backward:  # as `train`

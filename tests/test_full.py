@@ -205,6 +205,7 @@ def test_a_large_model_steps_inside_backward_in_any_number_of_processes_or_says_
         (1, dict(batch_size=2, micro_batch_size=1), False, "summed up over --micro-batch-size"),
         (2, dict(batch_size=4, micro_batch_size=1), False, "summed up over --micro-batch-size"),
         (2, dict(batch_size=2, micro_batch_size=1), True, "runs inside backward"),
+        (2, dict(deepspeed="zero2"), False, "DeepSpeed spreads states"),
     ):
         config, _, why = cl.resolve(quick(method="full", **fields), processes=processes)
         assert config.fused_backward is fused and any(words in reason for _, reason in why), (processes, fields)

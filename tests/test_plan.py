@@ -921,3 +921,5 @@ def test_the_plan_of_several_cards_says_how_they_share_and_how_to_start(capsys, 
     assert f"torchrun --nproc_per_node 2 cogvideo_lite.py --full --model {NANO}" in told and "--shard" in told
     with pytest.raises(cl.UserError, match="--processes 0: must be at least 1"):
         plan.plan_command(cl.Config(**fields), processes=0)
+    with pytest.raises(cl.UserError, match="--plan: knows --shard, but not"):
+        plan.plan_command(cl.Config(method="full", deepspeed="zero2"))

@@ -251,7 +251,7 @@ def test_a_process_that_fails_says_one_line_and_ends_all_soon(launched, what):
 
 
 def test_what_only_several_processes_can_do_is_refused_with_a_way(quick):
-    with pytest.raises(cl.UserError, match="--shard: .*torchrun --nproc_per_node N cogvideo_lite.py, or leave it out"):
+    with pytest.raises(cl.UserError, match="--shard and .*torchrun --nproc_per_node N cogvideo_lite.py, or leave them out"):
         cl.train(quick(shard=True))
 
 
@@ -262,3 +262,59 @@ def test_accelerates_own_settings_for_several_cards_are_refused_with_a_way(quick
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType[kind])
     with pytest.raises(cl.UserError, match="accelerate launch: its settings for .* start with torchrun, and --shard"):
         cl.train(quick())
+
+
+# ----------------------------------------------------------------------------------------------------------- DeepSpeed
+
+ZERO_CASES = {
+    "as it comes": dict(deepspeed="zero2"),  # on the host
+    "a file of the user's": dict(deepspeed="zero1.json", micro_batch_size=1),
+    "bf16": dict(deepspeed="zero2", compute_dtype="bfloat16"),
+}
+
+
+def test_deepspeed_trains_what_one_process_does(launched):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    folder, alone, shared = launched
+    (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": "auto"}}))
+    shared = {**shared, "method": "full"}
+    one = cl.train(cl.Config(**{**shared, "out": str(folder / "adamw one")}))
+    bf16 = cl.train(cl.Config(**{**shared, "out": str(folder / "adamw bf16"), "compute_dtype": "bfloat16"}))
+    shutil.copytree(one.folder, folder / "zero one to two")
+    forget_the_end(folder / "zero one to two")
+    runs = [
+        {**shared, **fields, "out": str(folder / f"zero {case}")} | ({"deepspeed": str(folder / "zero1.json")} if "file" in case else {})
+        for case, fields in ZERO_CASES.items()
+    ]
+    runs.append({**shared, "deepspeed": "zero2", "resume": True, "out": str(folder / "zero one to two")})
+    out, err = launch(folder, runs=runs)
+    shutil.copytree(folder / "zero as it comes", folder / "zero two to one")
+    forget_the_end(folder / "zero two to one")
+    cl.train(cl.Config(**{**shared, "out": str(folder / "zero two to one"), "resume": True}))
+    way = way_of(one, cl.find_base(shared["model"]).load("transformer", torch.float32))
+    whole = sum(w.numel() for w in trained(one.folder).values())
+    for case in [*ZERO_CASES, "one to two", "two to one"]:
+        place = folder / f"zero {case}"
+        if case != "two to one":
+            notes = [json.loads((place / f"process-{rank}.json").read_text()) for rank in (0, 1)]
+            assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
+            held = [note["kept"] for note in notes]
+            assert whole <= sum(held) < 1.01 * whole and max(held) < 0.51 * whole
+        reference = bf16 if case == "bf16" else one
+        assert_same(reference.folder, place, way, 0.3 if case == "bf16" else 2e-3)
+    assert trained(folder / "zero bf16")["proj_out.weight"].dtype == torch.float32
+    from diffusers import CogVideoXTransformer3DModel
+
+    CogVideoXTransformer3DModel.from_pretrained(folder / "zero as it comes/transformer")
+
+
+@pytest.mark.parametrize("fields", [dict(method="lora"), dict(optimizer="adafactor"), dict(ema=0.9), dict(shard=True)])
+def test_what_deepspeed_does_not_do_is_refused(quick, fields):
+    with pytest.raises(cl.UserError, match="--deepspeed: only for --full, by AdamW, kept in float32"):
+        cl.train(quick(**{"method": "full", "deepspeed": "zero2", **fields}))
+
+
+def test_without_deepspeed_there_is_one_line_that_says_how_to_get_it(quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(cl.UserError, match="pip install deepspeed"):
+        cl.train(quick(method="full", deepspeed="zero2"))
