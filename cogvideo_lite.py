@@ -4,11 +4,13 @@
     python cogvideo_lite.py --qlora --model THUDM/CogVideoX-5b --data my_clips       the real one, its base in 4 bits
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
     python cogvideo_lite.py --sample "a spider moving left over water" --run runs/lora-...
+    torchrun --nproc_per_node 2 cogvideo_lite.py --full --shard                      two cards, each with half of it
 
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept, cache,
-diffusion, adapters, optimizers, checkpoints, sampling, training, a run's folder, command line. The model classes are
-diffusers' own, and so is the sampler. What is written here is what happens between a folder of clips and weights that
-stock diffusers loads. What looks at that from outside (check, plan, judge, compare) lies in notebooks/.
+diffusion, adapters, several processes, optimizers, checkpoints, sampling, training, a run's folder, command line. The
+model classes are diffusers' own, and so is the sampler. What is written here is what happens between a folder of clips
+and weights that stock diffusers loads. What looks at that from outside (check, plan, judge, compare), and the way to
+DeepSpeed's engine (zero), lie in notebooks/.
 
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
 and width, L text tokens, D text width.
@@ -42,8 +44,7 @@ import weakref
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import geometric_mean
+from statistics import fmean as mean, geometric_mean
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class Config:
         "how --full keeps weights; bfloat16 rounds each step stochastically [float32; bfloat16 if > 0.5 B parameters]",
         choices=["float32", "bfloat16", "bfloat16-nearest"],
     )
-    fused_backward: bool = option("run the optimizer inside backward [--full of > 0.5 B parameters in one process]")
+    fused_backward: bool = option("run the optimizer inside backward [--full of > 0.5 B parameters]")
     ema: float = option("decay of a running average of the trained weights, which then is the result [no average]")
     prior: str = option("folder of clips of other things, mixed in so that they are not forgotten (arXiv 2208.12242)")
     skip_bad: bool = option("go on without clips that cannot be read, and say which", False)
@@ -117,6 +118,8 @@ class Config:
     offload_activations: bool = option("keep activations that backward needs in host memory meanwhile", False)
     quantize_text_encoder: str = option("quantize T5 while it encodes prompts", choices=["4bit", "8bit"])
     compile: bool = option("torch.compile the transformer before the first step", False)
+    deepspeed: str = option("--full by DeepSpeed as in a JSON file; none: ZeRO-2, optimizer on the host", const="zero2")
+    shard: bool = option("spread weights, gradients and states over torchrun's processes [each holds all]", False)
     compute_dtype: str = option("arithmetic [chosen by a probe]", choices=["float32", "bfloat16", "float16"])
 
 
@@ -174,13 +177,18 @@ def check_options(config):
     )  # fmt: skip
 
 
-def resolve(config, base=None):
-    """Fill what the user left out, from the model's own configuration and the recipe. Returns (config, base, reasons):
-    (what, reason) of each decision, for the banner. Raises UserError."""
+def resolve(config, base=None, processes=None):
+    """Fill what the user left out, from the model's own configuration and the recipe, for so many processes
+    [torchrun's]. Returns (config, base, reasons): (what, reason) of each decision, for the banner. Raises UserError."""
     check_options(config)
     base = base or find_base(config.model)
     recipe = dict(RECIPES["nano" if base.width < 1000 else "large", config.method.removeprefix("q")])
     source, reasons = dict(recipe.pop("source")), []
+    processes = processes or int(os.environ.get("WORLD_SIZE", 1))
+    recipe["batch_size"] = math.ceil(recipe["batch_size"] / processes) * processes
+    if config.deepspeed == "none":
+        config = dataclasses.replace(config, deepspeed=None)
+    recipe |= dict(optimizer="adamw", trained_dtype="float32") if config.deepspeed else {}  # on float32 copies
     native = dict(frames=base.frames, height=base.native[0], width=base.native[1], fps=base.fps)
     taken, native = ({k: v for k, v in d.items() if getattr(config, k) is None} for d in (recipe, native))
     config = dataclasses.replace(config, **taken, **native)
@@ -199,6 +207,8 @@ def resolve(config, base=None):
             # CogVideoX1.5 cuts its positions from a table
             (base.patch_t and value > most, f"--{name} {value}: must be at most {most} for this model"),
         )
+    words = f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes"
+    refuse((config.batch_size % processes, words))
     refuse((config.batch_size % micro, f"--micro-batch-size {micro}: must divide --batch-size {config.batch_size}"))
     if config.clips is None and resolve_path(config.data) == HERE / "data_samples/spider":
         config.clips = 50
@@ -211,17 +221,22 @@ def resolve(config, base=None):
             config.trained_dtype = "bfloat16"
             reason = "bfloat16 with stochastic rounding: half the memory, and small steps survive on average"
         reasons.append(("weights", reason))
-    processes, accumulates = int(os.environ.get("WORLD_SIZE", 1)), micro != config.batch_size
+    accumulates, large_full = config.batch_size > processes * micro, config.method == "full" and base.large
     if config.fused_backward is None:
-        config.fused_backward = config.method == "full" and base.large and processes == 1 and not accumulates
-        cause = "averaged over processes" if processes > 1 else "summed up over --micro-batch-size"
-        reason = f"after backward, with all gradients in memory at once, since they are {cause}"
+        config.fused_backward = large_full and not accumulates and not config.deepspeed
+        reason = "after backward, all gradients in memory at once, since they are summed up over --micro-batch-size"
         if config.fused_backward:
             reason = "runs inside backward, so that gradients never live together; no clipping to a global norm"
-        reasons += [("optimizer", reason)] * (config.method == "full" and base.large)
+        reasons += [("optimizer", reason)] * (large_full and not config.deepspeed)
+    how = "each holds everything, and gradients are averaged after backward; where that does not fit, --shard does"
+    if config.deepspeed:
+        how = "DeepSpeed spreads states and gradients over them (--deepspeed), or moves them to the host"
+    elif config.shard:
+        how = "each holds some rows of every tensor (--shard), so that cards too small for all of it can train it"
+    elif config.fused_backward:
+        how = "each holds everything; each gradient is averaged, and stepped, as soon as backward has it"
+    reasons += [("processes", f"{processes}: {how}")] * (processes > 1)
     refuse(
-        (config.fused_backward and processes > 1,  # hooks would step before the gradients of all processes are averaged
-         f"--fused-backward: in {processes} processes the weights would drift apart; use --no-fused-backward"),
         (config.fused_backward and accumulates,
          "--micro-batch-size: gradients cannot be summed up when --fused-backward frees them at once; "
          "use --no-fused-backward"),
@@ -242,7 +257,7 @@ def portable(path):
 
 
 def load_instrument(name):
-    """A file of notebooks/ that looks at a run from outside: plan, judge, compare. Raises UserError without it."""
+    """A file of notebooks/: one that looks at a run from outside, or zero. Raises UserError where it is not there."""
     path = HERE / f"notebooks/{name}.py"
     refuse((not path.exists(), f"{path} is not there; it comes with the whole repository (training works without it)"))
     sys.modules.setdefault("cogvideo_lite", sys.modules[__name__])  # this may be __main__; not to be loaded twice
@@ -852,7 +867,7 @@ def load_transformer(config, base, dtype, device):
     if config.method == "qlora":
         return load_quantized(base, "transformer", dtype, device)
     stored = trained_dtype(config) if config.method == "full" else frozen_dtype(base, dtype)
-    return base.load("transformer", stored).to(device)
+    return base.load("transformer", dtype if config.deepspeed else stored).to(device)
 
 
 class ConvertingProduct(torch.autograd.Function):
@@ -1265,59 +1280,103 @@ def add_lora(transformer, rank, alpha, seed, targets="attention"):
     return parameters
 
 
-def save_lora(transformer, folder):
+def save_lora(transformer, folder, weights=None):
     """Write pytorch_lora_weights.safetensors as diffusers does, with the LoraConfig (alpha included) in its metadata,
-    so that pipe.load_lora_weights(folder) applies alpha / rank, once."""
+    so that pipe.load_lora_weights(folder) applies alpha / rank, once. weights: by name [the transformer's]."""
     from diffusers import CogVideoXPipeline
     from peft import get_peft_model_state_dict
 
-    layers = {name: p.detach().cpu().contiguous() for name, p in get_peft_model_state_dict(transformer).items()}
+    layers = {k: p.detach().cpu().contiguous() for k, p in get_peft_model_state_dict(transformer, weights).items()}
     metadata = transformer.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in another order at each start
     CogVideoXPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
 
 
-def load_lora(transformer, folder):
-    """Put saved adapter weights into the adapter that is there already. Raises UserError where they do not fit."""
-    from peft import set_peft_model_state_dict
-
-    state = load_file(str(Path(folder) / "pytorch_lora_weights.safetensors"))
-    result = set_peft_model_state_dict(transformer, {k.removeprefix("transformer."): v for k, v in state.items()})
-    refuse((result.unexpected_keys, f"checkpoint '{folder}': its adapter does not fit this run; start a new one"))
-
-
 def add_trained_lora(transformer, config, folder):
     """The adapter of a run, weights and all."""
     add_lora(transformer, config.rank, config.alpha, config.seed, config.lora_targets)
-    load_lora(transformer, folder)
+    load_trained(transformer, folder)
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+# Each trains on its share of a batch. With --shard torch's FSDP2 cuts every tensor by rows, a block's are put together
+# while it runs, and gradients are averaged and cut again. What follows is about such a tensor, or any other.
+def processes():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def summed(tensor):
+    """Its sum over all processes, in its place."""
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def local(tensor):
+    """What this process holds of a tensor."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def rows_here(tensor):
+    """Which rows of a tensor this process holds. The last processes may hold fewer than the others, or none."""
+    if local(tensor) is tensor:
+        return slice(None)
+    first = tensor.device_mesh.get_local_rank() * math.ceil(len(tensor) / processes())
+    return slice(first, first + len(tensor.to_local()))
+
+
+def gathered(rows):
+    """The rows of all processes, one after another, in the first one's memory; None elsewhere."""
+    parts = [None] * processes() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(rows.cpu().clone(), parts)
+    return parts and torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers
 
+LEAST_IN_8_BITS, BLOCK = 4096, 256  # weights: of a tensor whose states bitsandbytes keeps so, and that share a scale
 MAX_UPDATE_RMS = 1.0  # of a tensor's update, in units of the learning rate (arXiv 1804.04235)
 
 
-def new_optimizer(config, parameter):
-    """An optimizer of one tensor. To add one: a branch here, its name among the choices of Config.optimizer."""
+def new_optimizer(config, parameter, whole):
+    """An optimizer of one tensor. To add one: a branch here, its name among the choices of Config.optimizer. whole: the
+    tensor of which `parameter` is this process's rows, or all."""
     import bitsandbytes as bnb
     from transformers.optimization import Adafactor
 
-    shared = dict(lr=config.lr, weight_decay=config.weight_decay)
+    shared, sharded = dict(lr=config.lr, weight_decay=config.weight_decay), local(whole) is not whole
+    least = LEAST_IN_8_BITS
+    if sharded:  # in 8 bits as the whole is, unless weights that share a scale lie in two processes
+        across = math.ceil(len(whole) / processes()) * whole.shape[1:].numel() % BLOCK
+        least = math.inf if across or whole.numel() < least else 0
     if config.optimizer == "adamw":
         return torch.optim.AdamW([parameter], betas=(0.9, 0.95), foreach=False, **shared)
     if config.optimizer == "adamw8bit":
-        return bnb.optim.AdamW8bit([parameter], betas=(0.9, 0.95), **shared)
+        return bnb.optim.AdamW8bit([parameter], betas=(0.9, 0.95), min_8bit_size=least, **shared)
     if config.optimizer == "lion8bit":
-        return bnb.optim.Lion8bit([parameter], betas=(0.9, 0.99), **shared)
+        return bnb.optim.Lion8bit([parameter], betas=(0.9, 0.99), min_8bit_size=least, **shared)
     # Row and column sums in place of second moments, no first moments. torch's own Adafactor would multiply the
     # learning rate by the size of the weights, and could not be told not to.
-    return Adafactor([parameter], scale_parameter=False, relative_step=False, clip_threshold=MAX_UPDATE_RMS, **shared)
+    shared |= dict(scale_parameter=False, relative_step=False, clip_threshold=MAX_UPDATE_RMS)
+    optimizer = Adafactor([parameter], **shared)
+    if sharded:
+        optimizer._rms = lambda tensor: (summed(squares(tensor)) / whole.numel()).sqrt()
+        if whole.dim() == 2:  # of more dimensions each row has factors of its own
+            optimizer._approx_sq_grad = functools.partial(inverse_root_of_product, len(whole))
+    return optimizer
 
 
-def round_stochastically(x, generator):
+def inverse_root_of_product(rows, row, col):
+    """Adafactor's estimate, of factors for this process's part of so many rows; those of columns become the whole's."""
+    columns = col * len(row) if len(row) else torch.zeros_like(col)  # of no rows, the mean is no number
+    sums = summed(torch.cat([columns, row.sum()[None]])) / rows
+    return (row / sums[-1]).rsqrt()[:, None] * col.copy_(sums[:-1]).rsqrt()
+
+
+def round_stochastically(x, generator, shape=None, rows=slice(None)):
     """float32 to bfloat16, up or down with probabilities that make the mean exact: a step a tenth as large as the gap
-    between two bfloat16 numbers is taken one time in ten. Rounding to nearest drops it every time."""
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    between two bfloat16 numbers is taken one time in ten. Rounding to nearest drops it every time. x may be some rows
+    of a tensor of another shape, which are rounded as they would be within it."""
+    noise = torch.randint(0, 2**16, shape or x.shape, dtype=torch.int32, device=x.device, generator=generator)[rows]
     bits = (x.contiguous().view(torch.int32) + noise) & -(2**16)  # bfloat16 is the upper half of float32
     return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()
 
@@ -1333,43 +1392,60 @@ class Updates:
     bf16, the optimizer steps a float32 copy of one tensor at a time, and the result is rounded. With --fused-backward
     that happens as soon as backward has the tensor's gradient, which is then freed, so that gradients never live
     together. The price: no clipping to a global norm (each tensor's update is clipped instead) and no summing up of
-    gradients. Otherwise, `step` does it for all."""
+    gradients. Otherwise, `step` does it for all. With --shard each process steps its rows of every tensor, `kept`;
+    norms are those of whole tensors, and so is the noise of rounding: any number of processes does the same."""
 
     def __init__(self, config, parameters):
         self.config, self.parameters, self.lr, self.step_number = config, parameters, config.lr, 0
-        self.param_groups = [{"params": parameters}]  # what torch's GradScaler looks for
+        self.sharded = local(parameters[0]) is not parameters[0]
+        self.kept = [torch.nn.Parameter(local(p.detach())) for p in parameters] if self.sharded else parameters
+        self.param_groups = [{"params": self.kept}]  # what torch's GradScaler looks for
         empty = [torch.nn.Parameter(torch.empty(0, device=p.device)) for p in parameters]
-        self.shown = [p if p.dtype == torch.float32 else copy for p, copy in zip(parameters, empty)]
-        self.optimizers = [new_optimizer(config, p) for p in self.shown]
-        self.began = [p.detach().clone() for p in parameters] if config.l2_to_base else None
+        self.shown = [p if p.dtype == torch.float32 else copy for p, copy in zip(self.kept, empty)]
+        self.optimizers = [new_optimizer(config, *two) for two in zip(self.shown, parameters)]
+        self.began = [p.detach().clone() for p in self.kept] if config.l2_to_base else None
         # Of a step: squares of change, weights and gradients, and the number of weights whose bits changed.
         self.sums = torch.zeros(4, dtype=torch.float64, device=parameters[0].device)
         self.under_way = False  # weights have changed in a step that is not written down yet: no state to keep
-        if config.fused_backward:
+        if config.fused_backward or self.sharded:
             me = weakref.ref(self)  # the weights would keep what keeps them, where Python's collector does not see it
             for i, p in enumerate(parameters):
-                p.register_post_accumulate_grad_hook(lambda _, i=i: me().update(i))
+                p.register_post_accumulate_grad_hook(lambda _, i=i: me().arrived(i))
+
+    def arrived(self, i):
+        """Backward has the gradient of tensor i, of this process's samples; of its rows, FSDP has averaged it."""
+        p, own = self.parameters[i], self.kept[i]
+        if self.sharded:
+            own.grad, p.grad = local(p.grad) if own.grad is None else own.grad + local(p.grad), None
+        elif processes() > 1:
+            summed(p.grad).div_(processes())
+        if self.config.fused_backward:
+            self.update(i)
 
     @torch.no_grad()
     def update(self, i):
         """One optimizer step of tensor i, which frees its gradient."""
         self.under_way = True
-        p, shown, optimizer = self.parameters[i], self.shown[i], self.optimizers[i]
+        p, whole, shown, optimizer = self.kept[i], self.parameters[i], self.shown[i], self.optimizers[i]
         old, gradients = p.detach().clone(), squares(p.grad)
         if shown is not p:
             shown.data, shown.grad = p.float(), p.grad.float()
         optimizer.param_groups[0]["lr"] = self.lr
-        optimizer.step()
+        if p.numel() or not hasattr(optimizer, "init_state"):
+            optimizer.step()
+        elif shown not in optimizer.state:  # bitsandbytes cannot step a process's share of no rows
+            optimizer.init_state(optimizer.param_groups[0], shown, 0, 0)
         if self.began:
             shown.lerp_(self.began[i].to(shown), self.lr * self.config.l2_to_base)
         if self.config.fused_backward:
             change = shown - old.float()
-            excess = change.square().mean().sqrt() / (self.lr * MAX_UPDATE_RMS)
+            mean = summed(squares(change)) / whole.numel() if self.sharded else change.square().mean()
+            excess = mean.sqrt() / (self.lr * MAX_UPDATE_RMS)
             shown.copy_(torch.where(excess > 1, old.float() + change / excess, shown))
         if shown is not p:
             if self.config.trained_dtype == "bfloat16":
                 generator = keyed_generator(self.config.seed, "rounding", self.step_number, i, p.device)
-                p.copy_(round_stochastically(shown.data, generator))
+                p.copy_(round_stochastically(shown.data, generator, whole.shape, rows_here(whole)))
             else:
                 p.copy_(shown.data)
             shown.grad, shown.data = None, torch.empty(0, device=p.device)
@@ -1385,28 +1461,40 @@ class Updates:
     def measured(self):
         """Of the step just made: norm of the gradients, norm of the change over norm of the weights, and the share of
         weights whose stored bits changed (in bf16, small steps are rounded away, and nobody is told)."""
-        change, weights, gradients, changed = self.sums.tolist()
+        change, weights, gradients, changed = (summed(self.sums) if self.sharded else self.sums).tolist()
         self.sums.zero_()
-        return {
-            "grad_norm": gradients**0.5,
-            "update_ratio": (change / max(weights, 1e-60)) ** 0.5,
-            "changed_share": changed / sum(p.numel() for p in self.parameters),
-        }
+        share = changed / sum(p.numel() for p in self.parameters)
+        return dict(grad_norm=gradients**0.5, update_ratio=(change / max(weights, 1e-60)) ** 0.5, changed_share=share)
 
     def state(self):
-        """(tensors by name, numbers by name)."""
+        """(tensors by name, numbers by name), of whole tensors. Where those are sharded, all processes must call."""
         states = [o.state.get(shown, {}) for o, shown in zip(self.optimizers, self.shown)]
         values = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items()}
         tensors = {k: v.detach().contiguous() for k, v in values.items() if torch.is_tensor(v)}
-        return tensors, {k: v for k, v in values.items() if k not in tensors}
+        numbers = {k: v for k, v in values.items() if k not in tensors}
+        return {k: gathered(v) if self.is_cut(k, v) else v for k, v in tensors.items()}, numbers
+
+    def is_cut(self, name, value):
+        """Whether processes have different rows of a state: of all but a counter, a table, factors of columns."""
+        return self.sharded and value.dim() and not (value.dim() == 1 and re.search("qmap|_col$", name))
 
     def load_state(self, tensors, numbers):
+        """What `state` gave, or of each tensor this process's rows."""
+        from bitsandbytes.functional import dequantize_blockwise
+
         for name, value in {**tensors, **numbers}.items():
-            i, key = name.split(".", 1)
-            shown = self.shown[int(i)]
+            i, key = int(name.split(".")[0]), name.split(".", 1)[1]
+            shown, whole, state = self.shown[i], self.parameters[i], self.optimizers[i].state
+            if name in tensors and self.is_cut(name, value):
+                rows, width = rows_here(whole), whole.shape[1:].numel()
+                if value.dtype == torch.uint8 and self.optimizers[i].args.min_8bit_size == math.inf:
+                    scale, table = (tensors[name.replace("state", other)] for other in ("absmax", "qmap"))
+                    value = dequantize_blockwise(value, absmax=scale, code=table, blocksize=BLOCK)
+                each = BLOCK if "absmax" in key else width  # weights for which a row of this state stands
+                value = value[rows.start * width // each : -(-rows.stop * width // each)].clone()
             if name in tensors and value.dim():  # counters stay on the CPU
                 value = value.to(shown.device)
-            self.optimizers[int(i)].state[shown][key] = value
+            state[shown][key] = value
 
 
 class Average:
@@ -1436,10 +1524,16 @@ class Average:
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
-def save_trained(transformer, method, folder):
-    """What a run gives: adapter weights, or the whole transformer as a diffusers folder."""
+def save_trained(transformer, method, folder, weights=None):
+    """What a run gives: an adapter, or a whole transformer as a diffusers folder. weights: by name [transformer's]."""
     if method != "full":
-        return save_lora(transformer, folder)
+        return save_lora(transformer, folder, weights)
+    if weights:
+        from diffusers import CogVideoXTransformer3DModel
+
+        with torch.device("meta"):
+            transformer = CogVideoXTransformer3DModel.from_config(transformer.config)
+        transformer.load_state_dict(weights, assign=True)
     partial = folder / "transformer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     transformer.save_pretrained(partial)
@@ -1447,14 +1541,17 @@ def save_trained(transformer, method, folder):
     os.replace(partial, folder / "transformer")
 
 
-def load_trained(transformer, method, folder):
-    """Put what save_trained wrote back into a transformer that is ready for it."""
-    if method != "full":
-        return load_lora(transformer, folder)
-    weights = dict(transformer.named_parameters())
-    for file in (folder / "transformer").glob("*.safetensors"):
-        for name, tensor in load_file(str(file)).items():
-            weights[name].data.copy_(tensor)
+def load_trained(transformer, folder):
+    """Put what save_trained wrote back into a transformer that is ready for it. Raises UserError where it is not."""
+    weights, folder = dict(transformer.named_parameters()), Path(folder)
+    files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
+    try:
+        for name, tensor in (pair for file in files for pair in load_file(str(file)).items()):
+            name = re.sub(r"(lora_.)\.weight$", r"\1.default.weight", name.removeprefix("transformer."))
+            local(weights[name].detach()).copy_(tensor[rows_here(weights[name])])
+    except (KeyError, RuntimeError):  # another name, another rank
+        files = []
+    refuse((not files, f"checkpoint '{folder}': its weights do not fit this run; start a new one"))
 
 
 def checkpoints(folder):
@@ -1530,9 +1627,8 @@ def save_samples(folder, when, clips, fps):
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
+HELDOUT_TIMESTEPS, CRITIC_TIMESTEPS = (100, 300, 500, 700, 900), (100, 300, 500)  # the base judges by the latter
 HELDOUT_CLIPS, WATCHED_CLIPS = 32, 4  # at most, so that measurements stay cheap
-CRITIC_TIMESTEPS = (100, 300, 500)
 SAMPLED = dict(before=0, again=1000, after=0)  # sets of samples: the seed of the first prompt, the next one's is one up
 # Not before step 50, where sound runs stumble too; then ever more seldom, since what goes wrong mostly does so early.
 WATCHED_STEPS = {50 * 2**k for k in range(20)}
@@ -1547,22 +1643,44 @@ class Trainer:
         scheduler = base.load("scheduler")
         self.alpha_bar = scheduler.alphas_cumprod.double()
         self.samples = Samples(config, base, cache, scheduler.config.num_train_timesteps)
-        self.transformer = load_transformer(config, base, self.dtype, self.device)
+        place = "cpu" if config.shard and config.method != "qlora" else self.device  # from there block by block
+        self.transformer = load_transformer(config, base, self.dtype, place)
         if config.method == "full":
-            self.parameters = list(self.transformer.requires_grad_(True).parameters())
+            self.transformer.requires_grad_(True)
         else:
-            self.parameters = add_lora(self.transformer, config.rank, config.alpha, config.seed, config.lora_targets)
+            add_lora(self.transformer, config.rank, config.alpha, config.seed, config.lora_targets)
         compute_in_dtype_of_input(self.transformer, self.dtype)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.rotary = rotary_embedding(base, self.transformer, config.frames, config.height, config.width, self.device)
-        self.model = accelerator.prepare(self.transformer)  # wrapped, where there are several processes
-        self.updates = Updates(config, self.parameters)
-        self.average = Average(self.parameters, config.ema) if config.ema else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.share_out()
+        self.average = Average(self.updates.kept, config.ema) if config.ema else None
+        scaler = torch.amp.GradScaler
+        if config.shard:  # all leave a step out, or none
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
+        self.scaler = scaler(self.device.type, enabled=self.dtype == torch.float16)
         if config.compile:
             for block in self.transformer.transformer_blocks:  # one graph for all, and gradients block by block
                 block.compile()
+
+    def share_out(self):
+        """Make the updates, and what they train: spread over processes, wrapped to average gradients, or as it is."""
+        self.model, self.run_backward = self.transformer, self.accelerator.backward
+        if self.config.shard:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = torch.distributed.init_device_mesh(self.device.type, (processes(),))
+            for module in [*self.transformer.transformer_blocks, self.transformer]:
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)  # or the root's stay whole after a sample
+        elif not self.config.fused_backward:
+            self.model = self.accelerator.prepare(self.transformer)  # wrapped, where there are several processes
+        self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.updates = Updates(self.config, self.parameters)
+
+    def whole_weights(self):
+        """The trained weights by name, in the first process; None where each holds them whole. All must take part."""
+        trained = ((name, p.detach()) for name, p in self.transformer.named_parameters() if p.requires_grad)
+        return {name: gathered(p.to_local()) for name, p in trained} if self.config.shard else None
 
     def losses(self, model, samples):
         """One velocity loss a sample: (B,)."""
@@ -1579,7 +1697,7 @@ class Trainer:
         clipped = {} if self.config.fused_backward else {"grad_norm": self.clip_gradients()}
         self.scaler.step(self.updates)
         self.scaler.update()
-        for p in self.parameters:  # of a step that the scaler left out
+        for p in self.updates.kept:  # of a step that the scaler left out
             p.grad = None
         if self.average:
             self.average.update(step)
@@ -1602,16 +1720,18 @@ class Trainer:
                 part = self.losses(self.model, samples).sum() / len(positions)
             loss += part.detach()
             if config.fused_backward:  # backward is the step
-                self.refuse_if_not_finite(float(loss), step)
-            accelerator.backward(self.scaler.scale(part))
+                self.refuse_if_not_finite(float(accelerator.reduce(loss, "mean")), step)
+            self.run_backward(self.scaler.scale(part))
         return float(accelerator.reduce(loss, "mean"))
 
     def clip_gradients(self):
         """Clip to a global norm, taken in float32. Returns it, or None in a step that fp16's scaler leaves out."""
         self.scaler.unscale_(self.updates)
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.parameters]
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.updates.kept]
         norm = torch.stack(norms).norm()
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        if self.config.shard:
+            norm = summed(norm.square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.updates.kept, self.config.max_grad_norm, norm)
         return float(norm) if norm.isfinite() else None
 
     def refuse_if_not_finite(self, loss, step):
@@ -1678,20 +1798,20 @@ class Trainer:
         return drawn
 
     def draw_samples(self, folder, when):
-        """A set of samples of the validation prompts, always from the same seeds, as files, with their latents."""
+        """A set of samples, always from the same seeds, with their latents. All processes take part, and one writes."""
         clips, latents = self.generated(SAMPLED.get(when, 0), f"sampling {when}")
-        save_samples(folder / "samples", when, clips, self.config.fps)
-        save_file({"latents": latents}, str(folder / f"samples/{when}.safetensors"))
+        if self.accelerator.is_main_process:
+            save_samples(folder / "samples", when, clips, self.config.fps)
+            save_file({"latents": latents}, str(folder / f"samples/{when}.safetensors"))
+        self.accelerator.wait_for_everyone()
 
     def base_losses(self, folder, *sets):
-        """The base's loss on drawn clips, each under its own prompt: {set of samples: [loss, ...]}. It says how strange
+        """The base's loss on sets of samples, each clip under its own prompt: a list for each set. It says how strange
         they are to it. The weights must be the base's."""
-        losses = {}
         for when in sets:
             latents = load_tensor(folder / f"samples/{when}.safetensors", "latents")  # (K, T, C, h, w)
             at = [functools.partial(self.samples.drawn, *clip) for clip in zip(latents, self.cache.prompts.values())]
-            losses[when] = self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
-        return losses
+            yield self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
 
     def look(self, folder, step):
         """Samples on the way; of adapters also `strangeness`: times as strange to the base as its own."""
@@ -1699,33 +1819,38 @@ class Trainer:
         if self.config.method == "full":  # the base is not at hand
             return {}
         self.transformer.disable_adapters()
-        before, now = self.base_losses(folder, "before", f"step-{step}").values()
+        before, now = map(geometric_mean, self.base_losses(folder, "before", f"step-{step}"))
         self.transformer.enable_adapters()
-        return {"strangeness": geometric_mean(now) / geometric_mean(before)}
+        return {"strangeness": now / before}
 
     def judge_by_base(self, folder):
-        """Write samples/base_losses.json: what the base loses on the samples before and after training, and on real
-        held-out clips, at the same timesteps. It puts the base's weights back first: those trained must be written."""
+        """Write samples/base_losses.json: the base's loss on samples before and after training, and on real held-out
+        clips. It puts the base's weights back first: those that were trained must be written."""
         if self.config.method == "full":
-            load_trained(self.transformer, "full", self.base.folder)
+            load_trained(self.transformer, self.base.folder)
         else:
             self.transformer.disable_adapters()
-        losses = self.base_losses(folder, "before", "after")
+        before, after = self.base_losses(folder, "before", "after")
         real = [functools.partial(self.samples.heldout, c, i) for i, c in enumerate(self.cache.heldout[:WATCHED_CLIPS])]
-        losses["heldout"] = self.losses_at(CRITIC_TIMESTEPS, real).mean(1).tolist()
-        write_json(folder / "samples/base_losses.json", {"timesteps": CRITIC_TIMESTEPS, **losses})
+        losses = dict(before=before, after=after, heldout=self.losses_at(CRITIC_TIMESTEPS, real).mean(1).tolist())
+        if self.accelerator.is_main_process:
+            write_json(folder / "samples/base_losses.json", {"timesteps": CRITIC_TIMESTEPS, **losses})
 
     def save_checkpoint(self, folder, step):
         """Write checkpoint-STEP whole or not at all, then remove the oldest past the limit. Nothing is pickled. Of data
-        order and random draws the step is all there is to keep (see keyed_generator)."""
+        order and random draws the step is all there is to keep (see keyed_generator). All processes take part, and one
+        writes whole tensors, so that any number of processes can go on."""
+        weights, (tensors, numbers) = self.whole_weights(), self.updates.state()
+        averages = enumerate(self.average.tensors if self.average else [])
+        averages = {str(i): gathered(t) if self.config.shard else t for i, t in averages}
+        if not self.accelerator.is_main_process:
+            return
         final, partial = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_trained(self.transformer, self.config.method, partial)
-        tensors, numbers = self.updates.state()
+        save_trained(self.transformer, self.config.method, partial, weights)
         save_file(tensors, str(partial / "optimizer.safetensors"))
-        if self.average:
-            averages = {str(i): tensor for i, tensor in enumerate(self.average.tensors)}
+        if averages:
             save_file(averages, str(partial / "average.safetensors"))
         write_json(partial / "state.json", {"step": step, "optimizer": numbers, "scaler": self.scaler.state_dict()})
         (final / "state.json").unlink(missing_ok=True)  # without it a checkpoint is no complete one
@@ -1737,12 +1862,12 @@ class Trainer:
 
     def load_checkpoint(self, folder):
         """Put a checkpoint's weights, optimizer state and average back. Returns its step."""
-        load_trained(self.transformer, self.config.method, folder)
+        load_trained(self.transformer, folder)
         state = json.loads((folder / "state.json").read_text("utf-8"))
         self.updates.load_state(load_file(str(folder / "optimizer.safetensors")), state["optimizer"])
         if self.average:
             for i, tensor in load_file(str(folder / "average.safetensors")).items():
-                self.average.tensors[int(i)].copy_(tensor)
+                self.average.tensors[int(i)].copy_(tensor[rows_here(self.parameters[int(i)])])
         self.scaler.load_state_dict(state["scaler"])
         if state["step"] > self.config.steps:
             raise UserError(f"--steps {self.config.steps}: the checkpoint {folder.name} is past that already")
@@ -1762,7 +1887,8 @@ class Run:
 def prepare(config):
     """All that comes before the model is loaded: options filled in, arithmetic chosen, clips and prompts coded. Returns
     (Run, Base, Cache, Accelerator, newest checkpoint or None, lines for the banner). Raises UserError."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
 
     wanted = config.fused_backward
     config, base, reasons = resolve(config, find_base(config.model, weights=False))
@@ -1782,22 +1908,26 @@ def prepare(config):
         words = f"{copies} checkpoints and the result; make room, or lower --checkpoints-limit"
         refuse_full_disk(folder, base.parameters * (weight + copies * (weight + states)), words)
     quiet_libraries()
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())  # compute_in_dtype_of_input does
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))  # others wait while the first codes clips
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     newest = checkpoints(folder)[-1] if config.resume and checkpoints(folder) else None
     if newest and config.compute_dtype is None:  # a measurement could fall otherwise this time, and rounding with it
         config.compute_dtype = load_config(folder / "config.json").compute_dtype
         dtype, reason = getattr(torch, config.compute_dtype), "as the run began; --compute-dtype overrides it"
     else:
         dtype, reason = choose_compute_dtype(accelerator.device, base, config.compute_dtype)
-    config.compute_dtype = str(dtype).removeprefix("torch.")
+    (config.compute_dtype,) = broadcast_object_list([str(dtype).removeprefix("torch.")])  # one for all processes
     reasons.append(("arithmetic", f"{config.compute_dtype}: {reason}"))
-    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if config.deepspeed:
+        load_instrument("zero").refuse_what_it_does_not(config)
+    kind, spread = accelerator.distributed_type.name, config.shard or config.deepspeed
     refuse(
-        (kind.name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"),  # no whole tensors for `Updates`
-         f"accelerate launch: {kind.value} spreads weights over processes, and each must hold them whole here; launch "
-         "with --multi_gpu in its place"),
-        (config.batch_size % processes,
-         f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes"),
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"),
+         f"accelerate launch: its settings for {kind} are not used; start with torchrun, and --shard or --deepspeed"),
+        (spread and kind == "NO", "--shard and --deepspeed: for several processes; start with torchrun "
+         "--nproc_per_node N cogvideo_lite.py, or leave them out (--no-shard, --deepspeed none)"),
+        (config.shard and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),  # its gloo summed, not averaged
+         f"--shard: needs torch 2.10 or newer, and this is {torch.__version__}"),
         (wanted and dtype == torch.float16, FUSED_IN_FP16),
     )  # fmt: skip
     if config.fused_backward and dtype == torch.float16:
@@ -1818,21 +1948,23 @@ def train(config, callbacks=()):
     """Fine-tune, from clips on disk to an adapter or a transformer on disk. Returns Run. Raises UserError or RunError.
     Each callback is called with the metrics of every step, a dict, after they were written: step, loss, lr, grad_norm
     (before clipping), update_ratio (norm of the change over that of the weights), changed_share (of the weights, those
-    whose bits changed), step_s; at checkpoints heldout_loss, at WATCHED_STEPS watched_loss, with
-    --sample-every strangeness (of adapters)."""
+    whose bits changed), step_s; at checkpoints heldout_loss, at WATCHED_STEPS watched_loss, at samples strangeness."""
     started = time.perf_counter()
     run, base, cache, accelerator, newest, reasons = prepare(config)
     config, folder, main = run.config, run.folder, accelerator.is_main_process
-    trainer = Trainer(config, base, cache, accelerator)
+    engine = load_instrument("zero").Trainer if config.deepspeed else Trainer
+    trainer = engine(config, base, cache, accelerator)
     done = trainer.load_checkpoint(newest) if newest else 0
     if main:
         begin_folder(run, newest, done)
         banner(trainer, reasons, folder)
-        drawn = all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts)))
-        refuse((done and not drawn, f"run '{folder}': its samples before training are gone; start a new run"))
-        for when in () if drawn else ("before", "again"):
-            trainer.draw_samples(folder, when)
-    began = read_metrics(folder / "metrics.jsonl")[0] if done else trainer.measurements(0)
+    accelerator.wait_for_everyone()
+    drawn = all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts)))
+    refuse((done and not drawn, f"run '{folder}': its samples before training are gone; start a new run"))
+    for when in () if drawn else ("before", "again"):
+        trainer.draw_samples(folder, when)
+    lines = read_metrics(folder / "metrics.jsonl")
+    began, metrics = (lines[0], lines[-1]) if done else (trainer.measurements(0), {})
     bar = tqdm(total=config.steps, initial=done, desc="training", disable=not main)
     try:
         while done < config.steps:
@@ -1846,28 +1978,31 @@ def train(config, callbacks=()):
                 run.metrics.append(metrics)
                 trainer.updates.under_way = False
                 bar.update()
-                bar.set_postfix_str("loss {loss:.3f}, update {update_ratio:.1e}, {step_s:.2f} s".format(**metrics))
-                if trainer.pauses(done):
-                    trainer.save_checkpoint(folder, done)
-                for callback in callbacks:
-                    callback(metrics)
+                ratio = f"update {metrics['update_ratio'] or math.nan:.1e}"  # DeepSpeed does not tell
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ratio}, {metrics['step_s']:.2f} s")
+            if trainer.pauses(done):
+                trainer.save_checkpoint(folder, done)
+            for callback in callbacks if main else ():
+                callback(metrics)
             trainer.warn_if_worse(metrics, began, bar)
     except (RunError, OSError, SafetensorError) as error:
         raise RunError(f"{error}; {len(checkpoints(folder))} checkpoints are in {folder}")
     except KeyboardInterrupt:
-        if main and done > 0 and not trainer.updates.under_way:
+        if main and done > 0 and not (config.shard or config.deepspeed or trainer.updates.under_way):
             trainer.save_checkpoint(folder, done)
         raise RunError(f"stopped at step {done}; go on with --{config.method} --resume --out {folder}")
     finally:
         bar.close()
-    if not main:
-        return None
     with trainer.judged():
-        save_trained(trainer.transformer, config.method, folder)
+        weights = trainer.whole_weights()
+        if main:
+            save_trained(trainer.transformer, config.method, folder, weights)
     trainer.draw_samples(folder, "after")
-    run.metrics[-1]["heldout_loss"] = run.metrics[-1].get("heldout_loss") or trainer.heldout_loss()
+    heldout = metrics.get("heldout_loss") or trainer.heldout_loss()
     trainer.judge_by_base(folder)
-    return finish(run, time.perf_counter() - started, list(cache.prompts))
+    if main:
+        run.metrics[-1]["heldout_loss"] = heldout
+        return finish(run, time.perf_counter() - started, list(cache.prompts))
 
 
 def peak_memory_gib():
@@ -1977,6 +2112,7 @@ def finish(run, seconds, prompts):
         "seconds": seconds,
         "steps_per_s": 1 / mean([m["step_s"] for m in metrics[len(metrics) // 10 :]]),
         "peak_memory_gib": peak_memory_gib(),
+        "processes": processes(),
     }
     write_json(run.folder / "summary.json", run.summary)
     write_model_card(run, prompts)
@@ -2136,14 +2272,6 @@ def blend(run, share, out=None):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets (RTX 3060: its cores and
-# clock); GiB that torch finds, from users' out-of-memory messages, whose last digit varies with the driver.
-CARDS = {
-    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3060": (25, 12.7, 11.7),
-    "RTX 3090": (71, 36, 23.6), "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3),
-    "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
-    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1), "H200": (989, 67, 139.8),
-}  # fmt: skip
 ACTIONS = {
     "lora": dict(action="store_const", const="lora", dest="method", help="train low-rank adapters"),
     "qlora": dict(action="store_const", const="qlora", dest="method", help="the same on a base kept in 4 bits"),
@@ -2159,7 +2287,8 @@ EXTRAS = {
     "check": dict(action="store_true", help="say what in the clips is likely to harm, write check.html, and stop"),
     "plan": dict(action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"),
     "vram": dict(type=float, metavar="GIB", help="with --plan: memory that the run must fit in [the card's; 24]"),
-    "card": dict(metavar="NAME", help=f"with --plan: a card's memory and speed ({', '.join(CARDS)})"),
+    "processes": dict(type=int, metavar="N", help="with --plan: torchrun's processes, each with a card of its own [1]"),
+    "card": dict(metavar="NAME", help="with --plan: a card's memory and speed, as of 'RTX 4090'; others list all"),
     "config": dict(help="JSON or TOML file of options, such as a run's config.json; the command line wins over it"),
 }
 SAMPLING = "out model seed frames height width fps sampling_steps guidance_scale compute_dtype".split()
@@ -2182,6 +2311,7 @@ def parser():
             how = dict(action=argparse.BooleanOptionalAction)
         else:
             kind, many = (str, {"nargs": "+"}) if f.type is list else (f.type, {})
+            many |= dict(nargs="?", const=f.metadata["const"]) if "const" in f.metadata else {}
             how = dict(type=kind, choices=f.metadata.get("choices"), metavar=kind.__name__.upper(), **many)
         out.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **how)
     return out
@@ -2193,12 +2323,13 @@ def command_line(argv):
     todo = {name: given.pop(name) for name in ("method", *list(ACTIONS)[3:], *EXTRAS)}
     method, file = todo["method"], todo["config"]
     actions = [name for name in ("method", *list(ACTIONS)[3:]) if todo[name]]
+    of_plan = [todo[name] for name in ("vram", "card", "processes") if todo[name] is not None]
     refuse(
         (not actions and not todo["check"], f"one of --{', --'.join(ACTIONS)} or --check is required; see --help"),
         (todo["check"] and todo["plan"], "--check and --plan: one at a time"),
         (todo["check"] and actions not in ([], ["method"]), "--check: alone, or with --lora, --qlora or --full"),
         (todo["plan"] and not method, "--plan: goes with --lora, --qlora or --full"),
-        (not todo["plan"] and (todo["vram"] is not None or todo["card"]), "--vram and --card: only with --plan"),
+        (of_plan and not todo["plan"], "--vram, --card and --processes: only with --plan"),
         (file and not (method or todo["check"]), "--config: goes with --lora, --qlora, --full or --check"),
         (todo["run"] and not todo["sample"], "--run: only for --sample; a run is continued with --resume --out RUN"),
     )
@@ -2223,7 +2354,7 @@ def command_line(argv):
     else:
         config = configured(method, given, file)
         if todo["plan"]:
-            load_instrument("plan").plan_command(config, todo["vram"], todo["card"])
+            load_instrument("plan").plan_command(config, todo["vram"], todo["card"], todo["processes"])
             return
         report("check", lambda check: check.warnings(config))
         if run := train(config):
@@ -2290,17 +2421,29 @@ def main(argv=None):
     """Returns the exit status: 0, 2 for bad input, 1 for a failure while running."""
     for stream in (s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")):
         stream.reconfigure(errors="backslashreplace")  # a console that cannot show every letter
+    status, wait_s = 1, 0
+    if int(os.environ.get("RANK", 0)):  # of several processes the first speaks for all
+        sys.stdout, wait_s = open(os.devnull, "w"), 3
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     try:
         command_line(argv)
         return 0
     except UserError as error:
-        print(f"cogvideo_lite: {error}", file=sys.stderr)
-        return 2
+        status, text = 2, str(error)
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError, SafetensorError, UnicodeError) as error:
-        print(f"cogvideo_lite: {str(error) or type(error).__name__}", file=sys.stderr)
+        text = str(error) or type(error).__name__
+    except RuntimeError as error:
+        if processes() == 1 or not re.search("(?i)gloo|nccl|connection", f"{type(error)} {error}"):
+            raise
+        text, wait_s = "another process has stopped", 6
     except KeyboardInterrupt:
-        print("cogvideo_lite: stopped", file=sys.stderr)
-    return 1
+        text = "stopped"
+    time.sleep(wait_s)  # torchrun ends the others meanwhile: one line for what fails in all, or fails for one's failure
+    print(f"cogvideo_lite: {text}", file=sys.stderr, flush=True)
+    if processes() > 1:
+        sys.stdout.flush()
+        os._exit(status)  # without the seconds of a clean end, since others wait for it
+    return status
 
 
 if __name__ == "__main__":

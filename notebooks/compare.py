@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import io
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def curves(names, runs):
         steps = [m["step"] for m in run.metrics]
         width = max(1, len(steps) // 40)
         for panel, key in zip(panels[::2], ("loss", "update_ratio")):
-            values = [m[key] for m in run.metrics]
+            values = [math.nan if m[key] is None else m[key] for m in run.metrics]  # DeepSpeed tells no ratio
             means = [cl.mean(values[max(0, i - width) : i + 1]) for i in range(len(values))]
             panel.plot(steps, means, label=name, linewidth=1)
         measured = [(0, run.summary["heldout_before"])] if "heldout_before" in run.summary else []

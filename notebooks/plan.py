@@ -63,6 +63,14 @@ T5_XXL = dict(
     vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
 )
 
+# Dense TFLOP/s in bf16 (T4: fp16) with sums in fp32, and in fp32, from NVIDIA's data sheets (RTX 3060: its cores and
+# clock); GiB that torch finds, from users' out-of-memory messages, whose last digit varies with the driver.
+CARDS = {
+    "T4": (65, 8.1, 14.7), "L4": (121, 30, 22.0), "A10": (125, 31, 22.0), "RTX 3060": (25, 12.7, 11.7),
+    "RTX 3090": (71, 36, 23.6), "RTX 4080": (97, 48.7, 15.7), "RTX 4090": (165, 83, 23.6), "RTX 5090": (209, 105, 31.3),
+    "RTX A6000": (155, 39, 47.4), "L40S": (362, 92, 44.4), "A100 40GB": (312, 19.5, 39.5),
+    "A100 80GB": (312, 19.5, 79.1), "H100": (989, 67, 79.1), "H200": (989, 67, 139.8),
+}  # fmt: skip
 WITHOUT_BF16 = ("T4",)
 USUAL_CARD = "RTX 4090"  # what a plan is held against where nothing is said and no card is there
 # Of a card's memory: predictions were up to so much below others' peaks and an H200's (tests/bench_plan.py,
@@ -585,10 +593,116 @@ def tables_with_contents():
         functional.create_dynamic_map = compute
 
 
-def rehearse(config, base, blocks, card=True, sampling=True):
+class Shards:
+    """What torch's FSDP2 takes and gives back on one of several processes, in the place of FSDP2 itself, which needs
+    processes: `--shard`.
+
+    A tensor's memory is that of the process's rows. The whole weights of a block are there while it runs: in forward
+    beside the buffer in which they arrived, which is kept until the next block's arrive, in backward beside that of the
+    block before it, which is fetched ahead. A block's gradients are copied to a buffer, which is kept until the next
+    block's, and each process gets its rows of their sums. Whatever is in no block stays whole during a step.
+    """
+
+    def __init__(self, ledger, transformer, processes):
+        self.ledger, self.processes, self.transformer = ledger, processes, transformer
+        self.arriving, self.running, self.summing, self.backward = {}, {}, None, False
+        self.named = collections.defaultdict(list)  # block, or None -> its parameters
+        for name, p in transformer.named_parameters():
+            block = re.match(r"transformer_blocks\.(\d+)\.", name)
+            self.named[int(block[1]) if block else None].append(p)
+        for k, block in enumerate(transformer.transformer_blocks):
+            block.register_forward_pre_hook(lambda *_, k=k: self.before(k))
+            block.register_forward_hook(lambda _, inputs, outputs, k=k: self.after(k, outputs))
+
+    def rows(self, p):
+        return -(-p.shape[0] // self.processes)
+
+    def cut(self, trained):
+        """Let tensors take the memory of some rows. Returns those rows of trained ones, as parameters."""
+        rows = []
+        for block, parameters in self.named.items():
+            self.ledger.enter(block)
+            for p in parameters:
+                self.ledger.note(p).bytes = 0 if p.requires_grad else math.ceil(p.nbytes / self.processes)
+        places = {p: block for block, parameters in self.named.items() for p in parameters}
+        for p in trained:
+            self.ledger.enter(places[p])
+            rows.append(torch.nn.Parameter(torch.empty(self.rows(p), *p.shape[1:], dtype=p.dtype)))
+        self.ledger.block, self.ledger.inside = None, False
+        return rows
+
+    def whole(self, block, trained=False):
+        """A buffer for a block's weights, or for gradients."""
+        bytes = sum(p.nbytes for p in self.named[block] if p.requires_grad or not trained)
+        return torch.empty(bytes, dtype=torch.uint8)
+
+    def before(self, k):
+        if self.backward:  # a block that is run again, its weights are there
+            return
+        buffer = self.whole(k)
+        self.arriving.clear()
+        self.arriving[k], self.running[k] = buffer, self.whole(k)
+
+    def after(self, k, outputs):
+        if self.backward:
+            return
+        self.running.pop(k)
+        if k == len(self.transformer.transformer_blocks) - 1:
+            self.arriving.clear()
+        for tensor in outputs:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.before_backward(k))
+
+    def before_backward(self, k):
+        if k in self.running:
+            return
+        self.running[k] = self.whole(k)
+        self.arriving.clear()
+        if k:
+            self.arriving[k - 1] = self.whole(k - 1)
+
+    def after_backward(self, k, parameters, rows):
+        """All gradients of a block are there: its weights go, and each process gets its rows of the sums."""
+        self.running.pop(k, None)
+        summing = self.whole(k, trained=True)
+        for p in parameters:
+            p.grad = None
+        for own in rows:
+            own.grad = torch.empty_like(own)
+        self.summing = summing
+        self.ledger.label("gradients", [own.grad for own in rows])
+
+    def begin_backward(self, parameters, rows, arrived):
+        """Let a block whose gradients are all there call `arrived` with the places of its parameters."""
+        self.backward, self.summing = True, None
+        places, missing = collections.defaultdict(list), {}
+        for i, p in enumerate(parameters):
+            block = next(block for block, those in self.named.items() if any(p is other for other in those))
+            places[block].append(i)
+            missing[i] = block
+
+        def count(i):
+            block = missing.pop(i)
+            if block not in missing.values():
+                those = places[block]
+                self.after_backward(block, [parameters[j] for j in those], [rows[j] for j in those])
+                for j in those:
+                    arrived(j)
+
+        return [p.register_post_accumulate_grad_hook(lambda _, i=i: count(i)) for i, p in enumerate(parameters)]
+
+    def end_backward(self, hooks):
+        self.backward, self.summing = False, None
+        self.running.clear()
+        self.arriving.clear()
+        for hook in hooks:
+            hook.remove()
+
+
+def rehearse(config, base, blocks, card=True, sampling=True, processes=1):
     """Ledger of the phases "training" (one step) and "sampling", with so many of the transformer's blocks.
 
-    What is done is what Trainer does, except what reads numbers.
+    What is done is what Trainer does, except what reads numbers. Of several processes it is one.
     """
     from diffusers import CogVideoXTransformer3DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -614,8 +728,9 @@ def rehearse(config, base, blocks, card=True, sampling=True):
     size = config.height // base.spatial, config.width // base.spatial
     shape = sum(base.latent_frames(config.frames)), base.transformer["in_channels"], *size  # (T, C, h, w)
     text = base.text_length, base.transformer.get("text_embed_dim", 4096)
-    micro = config.micro_batch_size or config.batch_size
-    passes = min(2, config.batch_size // micro)  # a third adds nothing to two
+    share = config.batch_size // processes
+    micro = config.micro_batch_size or share
+    passes = min(2, share // micro)  # a third adds nothing to two
     decoding = rehearse_decoding(config, base, card) if sampling else None
 
     with (
@@ -626,23 +741,36 @@ def rehearse(config, base, blocks, card=True, sampling=True):
         ledger.begin("loading")
         take_memory(ledger, transformer)
         take_memory(ledger, transformer, adapters=True)
-        parameters = [p for p in transformer.parameters() if p.requires_grad]
+        parameters = kept = [p for p in transformer.parameters() if p.requires_grad]
         for p in parameters:
             p.register_post_accumulate_grad_hook(lambda p: ledger.label("gradients", [p.grad]))
+        shards = Shards(ledger, transformer, processes) if config.shard else None
+        if shards:
+            kept = shards.cut(parameters)
+            ledger.label("weights" if config.method == "full" else "adapters", kept)
+        elif processes > 1 and not config.fused_backward:  # DDP keeps two copies of gradients (tests/processes.csv)
+            buckets = []
+            for name, p in transformer.named_parameters():
+                block = re.match(r"transformer_blocks\.(\d+)\.", name)
+                ledger.enter(int(block[1]) if block else None)
+                buckets.append(torch.empty(2 * p.nbytes * p.requires_grad, dtype=torch.uint8))
+            ledger.label("gradients", buckets)
+            ledger.block, ledger.inside = None, False
         rotary = cl.rotary_embedding(base, transformer, config.frames, config.height, config.width, torch.device("cpu"))
-        updates = cl.Updates(config, parameters)
-        average = cl.Average(parameters, config.ema) if config.ema else None
+        updates = cl.Updates(config, kept)
+        average = cl.Average(kept, config.ema) if config.ema else None
         ledger.label("optimizer", [*(average.tensors if average else []), *(updates.began or [])])
         alpha_bar = torch.empty(1000, dtype=torch.float64)
-        for p in parameters:  # one update on nothing, since from the first on the optimizer has its state
+        for p in kept:  # one update on nothing, since from the first on the optimizer has its state
             p.grad = torch.empty_like(p)
-        for i in range(len(parameters)):
+        for i in range(len(kept)):
             updates.update(i)
         states = [state.values() for o in updates.optimizers for state in o.state.values()]
         ledger.label("optimizer", [t for state in states for t in state if torch.is_tensor(t)])
         transformer.train()
         for _ in range(passes):
             ledger.begin("training")  # forward
+            root = shards.whole(None) if shards else None
             batch = {
                 "latents": torch.empty(micro, *shape), "noise": torch.empty(micro, *shape),
                 "timesteps": torch.empty(micro, dtype=torch.long),
@@ -650,23 +778,35 @@ def rehearse(config, base, blocks, card=True, sampling=True):
             }  # fmt: skip
             older = {memory for memory, _ in ledger.held.values()}
             with offloaded() if config.offload_activations else contextlib.nullcontext():
-                loss = cl.velocity_loss(transformer, batch, alpha_bar, rotary, dtype).sum() / config.batch_size
+                loss = cl.velocity_loss(transformer, batch, alpha_bar, rotary, dtype).sum() / share
             for memory, _ in ledger.held.values():
                 if memory not in older:
                     memory.kind = "saved activations"
             ledger.begin("training")  # backward
+            if shards:
+                def arrived(i):
+                    if config.fused_backward:
+                        # The noise of rounding is drawn for the whole tensor.
+                        noise = torch.empty(parameters[i].numel() * (kept[i].dtype != torch.float32), dtype=torch.int32)
+                        updates.update(i)
+                        del noise
+
+                hooks = shards.begin_backward(parameters, kept, arrived)
             loss.backward()
+            if shards:
+                shards.end_backward(hooks)
+            del root
         ledger.begin("training")  # update
         if not config.fused_backward:
-            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, torch.stack(norms).norm())
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in kept]
+            torch.nn.utils.clip_grads_with_norm_(kept, config.max_grad_norm, torch.stack(norms).norm())
         updates.step()
-        for p in parameters:
+        for p in kept:
             p.grad = None
         if average:
             average.update(1)
         for key in ledger.flops:
-            ledger.flops[key] = ledger.flops[key] * (config.batch_size // micro) // passes
+            ledger.flops[key] = ledger.flops[key] * (share // micro) // passes
         del batch, loss
         if decoding:  # as `Trainer.draw_samples` after training: one of the denoising steps, and one decoding
             ledger.begin("sampling")  # denoising
@@ -674,11 +814,13 @@ def rehearse(config, base, blocks, card=True, sampling=True):
             ledger.events += decoding.events[slice(*loading)]
             transformer.eval()
             inputs = 2 * base.sampled_at_once  # each clip with its prompt and without
+            root = shards.whole(None) if shards else None
             with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
                 transformer(
                     torch.empty(inputs, *shape, dtype=dtype), torch.empty(inputs, *text, dtype=dtype),
                     torch.empty(inputs, dtype=torch.long), image_rotary_emb=rotary, return_dict=False,
                 )  # fmt: skip
+                del root
                 ledger.begin("sampling")  # decoding
                 ledger.events += decoding.events[slice(*working)]
     return ledger
@@ -717,6 +859,7 @@ class Plan:
     phases: dict  # "caching", "training", "sampling" -> part -> GiB
     flops: float  # of a training step
     attention_flops: float = 0.0  # of these, in attention
+    processes: int = 1  # of which this is one; flops are those of its share
 
     @property
     def needs_gib(self):
@@ -729,18 +872,19 @@ class Plan:
         return max(self.needs_gib.values())
 
 
-def plan(config, card=True):
+def plan(config, card=True, processes=1):
     """Predict what a run would need, without its weights or clips. Returns Plan. Raises UserError.
 
-    card: on a GPU, with what its allocator reserves and the context; otherwise the tensors alone, as on a CPU. One
-    process, no torch.compile. The arithmetic, if the configuration does not say, is bf16 for a large model and float32
-    for a small one.
+    card: on a GPU, with what its allocator reserves and the context; otherwise the tensors alone, as on a CPU. Of
+    several processes it is what each needs. No torch.compile, no DeepSpeed. The arithmetic, if the configuration does
+    not say, is bf16 for a large model and float32 for a small one.
     """
-    resolved, base = resolve_plan(config)
+    resolved, base = resolve_plan(config, processes)
     cl.quiet_libraries()
     blocks = base.transformer["num_layers"]
     try:
-        ledger = rehearse(resolved, base, min(blocks, FEW_BLOCKS), card=card).of_blocks(blocks)
+        few = min(blocks, FEW_BLOCKS)
+        ledger = rehearse(resolved, base, few, card=card, processes=processes).of_blocks(blocks)
         phases = {"caching": rehearse_caching(resolved, base, card).split("caching")}
     except Exception as error:  # values that diffusers, transformers or torch cannot build or run raise a dozen kinds
         here = traceback.extract_tb(error.__traceback__)[-1].filename in (__file__, cl.__file__)
@@ -752,7 +896,7 @@ def plan(config, card=True):
             f"model '{resolved.model}' at {size}: it cannot be built and run as its config.json files say ({reason})"
         )
     phases |= {phase: ledger.split(phase) for phase in ("training", "sampling")}
-    return Plan(config, resolved, phases, ledger.step_flops(), ledger.step_flops(["attention"]))
+    return Plan(config, resolved, phases, ledger.step_flops(), ledger.step_flops(["attention"]), processes)
 
 
 def changed(config, **changes):
@@ -766,10 +910,11 @@ def changed(config, **changes):
     return changed
 
 
-def resolve_plan(config, **changes):
+def resolve_plan(config, processes=1, **changes):
     """(resolved Config, Described) of a configuration with some options changed. Raises UserError."""
     asked = changed(config, **changes)
-    config, base, _ = cl.resolve(asked, describe(asked.model))
+    cl.refuse((asked.deepspeed, "--plan: knows --shard, but not what --deepspeed takes; leave that out"))
+    config, base, _ = cl.resolve(asked, describe(asked.model), processes)
     config.compute_dtype = config.compute_dtype or ("bfloat16" if base.large else "float32")
     if config.compute_dtype == "float16" and config.fused_backward:  # as `train`
         if asked.fused_backward:
@@ -779,7 +924,7 @@ def resolve_plan(config, **changes):
 
 
 def arithmetic_on(card, model):
-    """What `choose_compute_dtype` says on a card of cl.CARDS, or on the one that is here; None where neither is. Raises
+    """What `choose_compute_dtype` says on a card of CARDS, or on the one that is here; None where neither is. Raises
     UserError."""
     if not card and not torch.cuda.is_available():
         return None
@@ -788,7 +933,7 @@ def arithmetic_on(card, model):
     return "float16" if describe(model).stored == "float16" else "float32"
 
 
-def planner(asked, compute_dtype=None):
+def planner(asked, compute_dtype=None, processes=1):
     """A function of options to change that gives the Plan with them, in this arithmetic where none is asked for. Each
     is made once. It raises UserError where the options do not go together."""
     made, dtype = {}, {"compute_dtype": asked.compute_dtype or compute_dtype}
@@ -796,21 +941,23 @@ def planner(asked, compute_dtype=None):
     def planned_with(**changes):
         key = frozenset(changes.items())
         if key not in made:
-            made[key] = plan(changed(asked, **changes, **dtype))
+            made[key] = plan(changed(asked, **changes, **dtype), processes=processes)
         return made[key]
 
     return planned_with
 
 
-def knobs(config):
+def knobs(config, processes=1):
     """(what to change, the options for it) that could lower the peak of a resolved configuration, the gentlest
     first."""
     full = config.method == "full"
     shorter = max((frames for frames in (9, 17, 25, 49) if frames < config.frames), default=None)
     height, width = (max(32, round(side * 2 / 3 / 32) * 32) for side in (config.height, config.width))
+    one = {"batch_size": processes, "micro_batch_size": None}  # a process
     all_of_them = [
+        (processes > 1 and not config.shard, "weights spread over the cards", {"shard": True}),
         (not config.gradient_checkpointing, "recompute activations", {"gradient_checkpointing": True}),
-        ((config.micro_batch_size or config.batch_size) > 1 and not config.fused_backward,
+        ((config.micro_batch_size or config.batch_size // processes) > 1 and not config.fused_backward,
          "one clip in memory at a time", {"micro_batch_size": 1}),
         (not config.quantize_text_encoder, "T5 in 4 bits", {"quantize_text_encoder": "4bit"}),
         (full and config.trained_dtype == "float32", "weights in bf16, rounded stochastically",
@@ -821,11 +968,9 @@ def knobs(config):
         (config.optimizer != "adafactor", "optimizer's state factored", {"optimizer": "adafactor"}),
         (config.gradient_checkpointing and not config.offload_activations, "saved activations in host memory",
          {"offload_activations": True}),
-        (config.batch_size > 1 and config.fused_backward, "one clip a step",
-         {"batch_size": 1, "micro_batch_size": None}),
-        (full and config.batch_size > 1 and not config.fused_backward and config.compute_dtype != "float16",
-         "one clip a step, optimizer inside backward",
-         {"batch_size": 1, "micro_batch_size": None, "fused_backward": True}),
+        (config.batch_size > processes and config.fused_backward, "one clip a step", one),
+        (full and config.batch_size > processes and not config.fused_backward and config.compute_dtype != "float16",
+         "one clip a step, optimizer inside backward", one | {"fused_backward": True}),
         (config.method == "lora", "base in 4 bits", {"method": "qlora"}),
         (full, "adapters, on a base in 4 bits", {"method": "qlora"}),
         (shorter, "shorter clips", {"frames": shorter}),
@@ -834,10 +979,10 @@ def knobs(config):
     return [(name, changes) for useful, name, changes in all_of_them if useful]
 
 
-def spending(config):
+def spending(config, processes=1):
     """The same of what takes more memory, and is worth it where there is some."""
     kept = {"gradient_checkpointing": False} | ({"offload_activations": False} if config.offload_activations else {})
-    more = {"batch_size": config.batch_size + 1}
+    more = {"batch_size": config.batch_size + processes}
     return [("no gradient checkpointing", kept)] * config.gradient_checkpointing + [("one more clip a step", more)]
 
 
@@ -851,7 +996,7 @@ def fitting(planned_with, vram):
 
     changes, best, turned, useless = {}, planned_with(), [], []
     while too_much(best):
-        change = next((change for _, change in knobs(best.config) if change not in useless), None)
+        change = next((change for _, change in knobs(best.config, best.processes) if change not in useless), None)
         if change is None:
             return None, best
         useless.append(change)
@@ -924,7 +1069,7 @@ def time_of_step(planned, card=None):
     """(seconds of a training step, what that assumes): on a card by its published rate, or by rates measured here."""
     dtype = planned.config.compute_dtype
     if card:
-        rate = cl.CARDS[card][dtype == "float32"]
+        rate = CARDS[card][dtype == "float32"]
         told = f"{UTILISATION:g} (assumed) of the {rate} TFLOP/s that are published for {dtype} on {card}"
         return planned.flops / (rate * 1e12 * UTILISATION), told
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -937,33 +1082,38 @@ def time_of_step(planned, card=None):
     return seconds, f"{told} in {str(dtype).removeprefix('torch.')} measured now on this {device.type}"
 
 
-def plan_command(config, vram=None, card=None):
+def plan_command(config, vram=None, card=None, processes=None):
     """Print the plan of a run, what would change it, and a command that fits. vram: GiB. Raises UserError."""
+    processes = 1 if processes is None else processes
+    cl.refuse((processes < 1, f"--processes {processes}: must be at least 1"))
     if card:
-        asked, card = card, next((name for name in cl.CARDS if name.lower() == card.lower()), None)
+        asked, card = card, next((name for name in CARDS if name.lower() == card.lower()), None)
         if not card:
-            raise cl.UserError(f"--card '{asked}': must be one of {', '.join(cl.CARDS)}")
+            raise cl.UserError(f"--card '{asked}': must be one of {', '.join(CARDS)}")
     if vram is not None and not 0 < vram < math.inf:
         raise cl.UserError(f"--vram {vram:g}: must be a number of GiB above 0")
     held_against = "" if vram else f", what torch finds on the {card}" if card else ", the card that is here"
     if not vram and not card and not torch.cuda.is_available():
         vram, held_against = (
-            cl.CARDS[USUAL_CARD][2],
+            CARDS[USUAL_CARD][2],
             f", what torch finds on a 24 GB card ({USUAL_CARD}); --vram or --card holds it against another",
         )
-    vram = vram or (cl.CARDS[card][2] if card else torch.cuda.get_device_properties(0).total_memory / GIB)
-    planned_with = planner(config, arithmetic_on(card, config.model))
+    vram = vram or (CARDS[card][2] if card else torch.cuda.get_device_properties(0).total_memory / GIB)
+    planned_with = planner(config, arithmetic_on(card, config.model), processes)
     planned = planned_with()
     c, needs = planned.config, planned.needs_gib
     print(f"plan of --{c.method} on {c.model}: batch {c.batch_size}, {c.frames}x{c.height}x{c.width}, arithmetic in "
           f"{c.compute_dtype}, {c.optimizer}, gradient checkpointing {'on' if c.gradient_checkpointing else 'off'}")  # fmt: skip
+    if processes > 1:
+        how = dict(cl.resolve(config, describe(config.model), processes)[2])["processes"].partition(": ")[2]
+        print(f"{processes} processes, each with a card: {how}")
     print(f"\n{'GiB at the peak of each phase, predicted':40}" + "".join(f"{phase:>10}" for phase in needs))
     for part in planned.phases["training"]:
         print(f"  {part:38}" + "".join(f"{parts[part]:10.2f}" for parts in planned.phases.values()))
     print(f"  {'together':38}" + "".join(f"{need:10.2f}" for need in needs.values()))
     print("(allocator: what CUDA's reserves beyond the tensors, emulated; context: the driver and libraries, assumed;\n"
           "not known: workspaces of convolutions, which were seen to take 1 to 2 GiB more for caching where those are free,\n"
-          "--compile, several processes, what else is on the card)")  # fmt: skip
+          "--compile, buffers of NCCL, what else is on the card)")  # fmt: skip
 
     def tight(found):
         if found.peak_gib <= (1 - TIGHT) * vram or found.peak_gib > vram:
@@ -979,7 +1129,8 @@ def plan_command(config, vram=None, card=None):
             for f in dataclasses.fields(cl.Config)
             if f.name == "method" or wanted[f.name] != f.default
         }
-        return f"python cogvideo_lite.py {as_options(said)}"
+        start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+        return f"{start} cogvideo_lite.py {as_options(said)}"
 
     print(f"\n{'fits' if planned.peak_gib <= vram else 'does not fit'} in {vram:g} GiB{held_against}: {planned.peak_gib:.1f} needed, by "
           f"{max(needs, key=needs.get)}{tight(planned)}")  # fmt: skip
@@ -993,7 +1144,7 @@ def plan_command(config, vram=None, card=None):
         print(f"(that is this CPU; on the {USUAL_CARD} {digits(there, 3)} s a step, estimated as with --card)")
     print("\nwhat would change the peak, predicted, and the work of a step:", flush=True)
     rows = []
-    for name, changes in [*knobs(c), *spending(c)]:
+    for name, changes in [*knobs(c, processes), *spending(c, processes)]:
         with contextlib.suppress(cl.UserError):  # it does not go with what was asked for
             then = planned_with(**changes)
             by_phase = {phase: then.needs_gib[phase] - need for phase, need in needs.items()}

@@ -210,7 +210,7 @@ def beside_plan(path):
             }
         if f["phase"] == "training":
             seconds, attention = float(f["seconds"]), planned.attention_flops
-            published = next(tflops[0] for card, tflops in cl.CARDS.items() if card in f["card"])
+            published = next(tflops[0] for card, tflops in plan.CARDS.items() if card in f["card"])
             least = (planned.flops - attention) / rates["matrices"] + attention / rates["attention"]
             times.append(about | {
                 "flops_predicted": f"{planned.flops:.3g}", "step_s": f"{seconds:.2f}",

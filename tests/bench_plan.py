@@ -4,9 +4,10 @@
     python tests/bench_plan.py --rows FILE.csv  rows of the same columns
     python tests/bench_plan.py --capacity       what fits on cards of 12 to 80 GB, and what checkpointing saves (20 minutes)
     python tests/bench_plan.py --cards          each method on each card, with its command (2 minutes)
+    python tests/bench_plan.py --together       --full of 5B with --shard on one to eight cards of 24 GB (3 minutes)
 
 With --write the tables go to csv files beside this one: plan_against_published; capacity, batch_on_80gb and
-gradient_checkpointing; cards.
+gradient_checkpointing; cards; cards_together.
 
 Published figures are GiB of `torch.cuda.max_memory_reserved`. What the recipes do was read in their sources:
 
@@ -54,7 +55,7 @@ import tables  # noqa: E402
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
 USUAL = {12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 48: "RTX A6000", 80: "H100"}  # GB -> a card of so many
 CARDS = ["RTX 3060", "RTX 4080", "RTX 3090", "RTX 4090", "RTX A6000", "A100 80GB", "H100"]
-CAPACITY = {gb: cl.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
+CAPACITY = {gb: plan.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
 LADDER = {  # frames x height x width, from the native size of the model down
     "2b": [(49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480), (17, 256, 256)],
     "1.5": [(81, 768, 1360), (49, 768, 1360), (49, 480, 720), (33, 480, 720), (17, 480, 720), (17, 320, 480)],
@@ -421,7 +422,7 @@ def rows_of_cards(model):
 
 def row_of_card(card, model, method):
     """What a method needs at the model's native size, and where that does not leave TIGHT to spare, what does."""
-    asked, vram = cl.Config(method=method, model=NAMES[model], data="my_clips"), cl.CARDS[card][2]
+    asked, vram = cl.Config(method=method, model=NAMES[model], data="my_clips"), plan.CARDS[card][2]
 
     def planned_with(**changes):
         return plan_of(**options_said(plan.changed(asked, **changes)))
@@ -452,6 +453,26 @@ def cards():
     return sorted(rows, key=lambda row: CARDS.index(row["card"]))  # stable: model and method in order within a card
 
 
+TOGETHER = {
+    "float32, AdamW": dict(trained_dtype="float32", optimizer="adamw"),
+    "bfloat16, 8-bit AdamW": dict(optimizer="adamw8bit"),
+    "bfloat16, factored": dict(optimizer="adafactor"),
+}
+
+
+def together():
+    """Peak of each of some cards that share --full of 5B, a clip each, and whether it leaves TIGHT of 24 GB to spare."""
+    rows, vram = [], plan.CARDS["RTX 4090"][2]
+    for kept, fields in TOGETHER.items():
+        for cards in range(1, 9):
+            config = cl.Config(method="full", model=NAMES["5b"], compute_dtype="bfloat16", shard=True, **fields)
+            peak = plan.plan(config, processes=cards).peak_gib
+            verdict = "fits" if peak <= (1 - plan.TIGHT) * vram else "tight" if peak <= vram else "does not fit"
+            rows.append({"kept": kept, "cards": cards, "peak_gib": f"{peak:.1f}", "verdict": verdict})
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=ROOT / "tests/published_memory.csv", help="CSV of the columns of that file")
@@ -463,10 +484,13 @@ def main():
         help=f"tables of what fits: {', '.join(NAMES)} [all]",
     )
     parser.add_argument("--cards", action="store_true", help="tables of what to do on which card")
+    parser.add_argument("--together", action="store_true", help="full fine-tuning of 5B on several cards of 24 GB")
     parser.add_argument("--write", action="store_true", help="write the tables' csv files too")
     args = parser.parse_args()
     cl.quiet_libraries()
-    if args.cards or args.capacity is not None:
+    if args.together:
+        found = {"cards_together": together()}
+    elif args.cards or args.capacity is not None:
         found = {"cards": cards()} if args.cards else capacity(args.capacity or list(NAMES))
     else:
         try:

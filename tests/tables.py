@@ -144,20 +144,32 @@ def optimizers():
     ]
 
 
-def zero():
+def processes():
+    """What a process holds, and its time, alone and as one of two."""
+    rows = [row for row in read("processes") if row["method"] != "lora"]
+    engines, methods = (dict.fromkeys(row[name] for row in rows) for name in ("engine", "method"))
+    cells = {(row["method"], row["engine"]): f"{row['held_mib']}/{float(row['step_s']):.1f}" for row in rows}
     return [
-        {
-            "full fine-tuning": row["setting"],
-            "processes": row["processes"],
-            "held, MiB": row["held_mib"],
-            "of weights": row["held_over_weights"],
-            "peak, MiB": row["peak_mib"],
-        }
-        for row in read("zero")
+        {"held, MiB/s a step": method} | {engine: cells.get((method, engine), "") for engine in engines}
+        for method in methods
     ]
 
 
-TABLES = (plan_errors, h200_steps, capacity, cpu_steps, optimizers, zero)
+def together():
+    """GiB on each of some cards that share full fine-tuning of 5B, and how many of 24 GB are enough."""
+    rows = read("cards_together")
+    peaks = {row["kept"]: {} for row in rows}
+    for row in rows:
+        peaks[row["kept"]][row["cards"]] = row
+    return [
+        {"weights, optimizer": kept}
+        | {f"{n} card{'s' * (n != '1')}": of[n]["peak_gib"] for n in ("1", "2", "4")}
+        | {"enough of 24 GB": next(n for n, row in of.items() if row["verdict"] == "fits")}
+        for kept, of in peaks.items()
+    ]
+
+
+TABLES = (plan_errors, h200_steps, capacity, cpu_steps, optimizers, processes, together)
 
 
 def filled(text):

@@ -113,7 +113,7 @@ OPTIONS = {
     "a seed beyond generators": (["--seed", str(2**70)], {}, "must be at most 4294967295"),
     "guidance that is no number": (["--guidance-scale", "nan"], {}, "--guidance-scale nan: must be at least 0"),
     "two methods": (["--full"], {}, "not allowed with argument --lora"),
-    "a plan's option": (["--vram", "24"], {}, "--vram and --card: only with --plan"),
+    "a plan's option": (["--vram", "24"], {}, "--vram, --card and --processes: only with --plan"),
     "a run to train from": (["--run", "lora"], {}, "--run: only for --sample"),
     "activations in memory and not": (["--offload-activations", "--no-gradient-checkpointing"], {}, "would copy"),
 }

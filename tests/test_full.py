@@ -196,20 +196,26 @@ def test_what_cannot_go_together_is_refused_with_its_reason(quick, fields, words
         cl.train(quick(**{"method": "full", **fields}))
 
 
-def test_several_processes_and_the_optimizer_inside_backward_are_refused(quick, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(cl.UserError, match="drift apart"):
-        cl.resolve(quick(method="full", fused_backward=True))
-
-
-@pytest.mark.parametrize("processes, fields, words", [
-    ("2", {}, "averaged over processes"), ("1", dict(batch_size=2, micro_batch_size=1), "summed up over --micro-batch-size"),
-])  # fmt: skip
-def test_a_large_model_that_cannot_step_inside_backward_says_why(quick, monkeypatch, processes, fields, words):
+def test_a_large_model_steps_inside_backward_in_any_number_of_processes_or_says_why_not(quick, monkeypatch):
     monkeypatch.setattr(cl.Base, "large", True)
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    config, _, why = cl.resolve(quick(method="full", **fields))
-    assert config.fused_backward is False and any(words in reason for _, reason in why)
+    for processes, fields, fused, words in (
+        (1, {}, True, "runs inside backward"),
+        (2, dict(batch_size=2), True, "each gradient is averaged, and stepped, as soon as backward has it"),
+        (2, dict(batch_size=2, shard=True), True, "2: each holds some rows of every tensor"),
+        (1, dict(batch_size=2, micro_batch_size=1), False, "summed up over --micro-batch-size"),
+        (2, dict(batch_size=4, micro_batch_size=1), False, "summed up over --micro-batch-size"),
+        (2, dict(batch_size=2, micro_batch_size=1), True, "runs inside backward"),
+        (2, dict(deepspeed="zero2"), False, "DeepSpeed spreads states"),
+    ):
+        config, _, why = cl.resolve(quick(method="full", **fields), processes=processes)
+        assert config.fused_backward is fused and any(words in reason for _, reason in why), (processes, fields)
+
+
+def test_a_batch_that_was_not_asked_for_has_a_clip_for_each_process(quick):
+    config = quick(batch_size=None)
+    assert [cl.resolve(config, processes=n)[0].batch_size for n in (1, 2, 3, 8)] == [4, 4, 6, 8]
+    with pytest.raises(cl.UserError, match="--batch-size 2: must be a multiple of the 3 processes"):
+        cl.resolve(quick(batch_size=2), processes=3)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

@@ -172,10 +172,17 @@ def stream(ledger):
     ("2b", dict(method="full")),
     ("2b", dict(method="full", trained_dtype="float32", fused_backward=False, l2_to_base=0.1)),
     ("2b", dict(method="full", optimizer="adamw8bit", gradient_checkpointing=False)),
+    ("2b", dict(method="full", shard=True, processes=2)),
+    ("2b", dict(method="lora", shard=True, processes=4, gradient_checkpointing=False)),
+    ("2b", dict(method="qlora", processes=2)),
 ], ids=str)  # fmt: skip
 def test_five_blocks_tell_what_more_do_piece_by_piece(model, fields):
-    config, base = plan.resolve_plan(cl.Config(model=LARGE[model], frames=17, height=128, width=192, **fields))
-    whole, told = plan.rehearse(config, base, 9), plan.rehearse(config, base, 5).of_blocks(9)
+    fields = dict(fields)
+    several = {"processes": fields.pop("processes", 1)}
+    asked = cl.Config(model=LARGE[model], frames=17, height=128, width=192, **fields)
+    config, base = plan.resolve_plan(asked, **several)
+    whole = plan.rehearse(config, base, 9, **several)
+    told = plan.rehearse(config, base, 5, **several).of_blocks(9)
     assert told.step_flops() == whole.step_flops()
     assert stream(told) == stream(whole)
     for phase in ("training", "sampling"):
@@ -885,3 +892,34 @@ def test_memory_is_as_was_measured_on_a_card(row):
         assert sum(planned.phases[phase][kind] for kind in plan.KINDS) == pytest.approx(allocated, rel=0.03)
         # As the plan is told: what is too low by more than a card that is called tight has to spare would break.
         assert 1 - plan.TIGHT < planned.needs_gib[phase] / (reserved + context) < 1.03
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def test_each_of_several_cards_holds_its_share_of_what_is_spread_over_them(midsize):
+    def parts(processes, **fields):
+        config = cl.Config(method="full", model=str(midsize), optimizer="adamw", **fields)
+        return plan.plan(config, card=False, processes=processes).phases["training"]
+
+    for fields in (dict(), dict(trained_dtype="bfloat16", fused_backward=True)):
+        one, two, four = parts(1, **fields), parts(2, shard=True, **fields), parts(4, shard=True, **fields)
+        for kind in ("weights", "optimizer"):
+            assert two[kind] == pytest.approx(one[kind] / 2, rel=0.02)
+            assert four[kind] == pytest.approx(one[kind] / 4, rel=0.04)
+    more = parts(2)["gradients"] - parts(1)["gradients"]
+    assert more == pytest.approx(2 * parts(1)["weights"], rel=0.02)  # DDP's buckets
+
+
+def test_the_plan_of_several_cards_says_how_they_share_and_how_to_start(capsys, monkeypatch):
+    for name in ("knobs", "spending"):
+        monkeypatch.setattr(plan, name, lambda *_: [])
+    fields = dict(method="full", model=str(NANO), shard=True)
+    plan.plan_command(cl.Config(**fields), vram=24.0, processes=2)
+    told = capsys.readouterr().out
+    assert "2 processes, each with a card: each holds some rows" in told
+    assert f"torchrun --nproc_per_node 2 cogvideo_lite.py --full --model {NANO}" in told and "--shard" in told
+    with pytest.raises(cl.UserError, match="--processes 0: must be at least 1"):
+        plan.plan_command(cl.Config(**fields), processes=0)
+    with pytest.raises(cl.UserError, match="--plan: knows --shard, but not"):
+        plan.plan_command(cl.Config(method="full", deepspeed="zero2"))

@@ -70,7 +70,7 @@ def test_times_of_a_step_are_those_measured_on_the_card():
         there, rate = measured[row["row"]], float(row["flops_predicted"]) / float(row["step_s"]) / 1e12
         assert row["step_s"] == f"{float(there['seconds']):.2f}" and row["day"] == there["day"]
         assert float(row["tflops"]) == pytest.approx(rate, rel=0.02)
-        assert float(row["share_of_published_rate"]) == pytest.approx(rate / cl.CARDS["H200"][0], abs=0.006)
+        assert float(row["share_of_published_rate"]) == pytest.approx(rate / plan.CARDS["H200"][0], abs=0.006)
 
 
 def test_published_peaks_stand_beside_the_plan_as_they_were_published():
@@ -94,7 +94,7 @@ def test_published_peaks_stand_beside_the_plan_as_they_were_published():
 def test_what_is_said_of_a_card_follows_from_the_peak_and_the_time():
     natively = {(row["model"], row["method"]): row for row in tables.read("capacity")}
     for row in CARDS:
-        vram, peak = cl.CARDS[row["card"]][2], float(row["peak_gib"])
+        vram, peak = plan.CARDS[row["card"]][2], float(row["peak_gib"])
         assert float(row["torch_finds_gib"]) == vram
         roomy = (1 - plan.TIGHT) * vram
         verdict = "fits" if peak <= roomy else "tight" if peak <= vram else "does not fit"

@@ -27,6 +27,7 @@ def test_each_family_trains_from_clips_to_adapter(quick, family):
     summary = json.loads((run.folder / "summary.json").read_text())
     trained = {
         "steps", "loss_first", "loss_last", "heldout_before", "heldout_after", "seconds", "steps_per_s", "peak_memory_gib",
+        "processes",
     }  # fmt: skip
     assert set(summary) == trained
     names = ("distortion", "speed", "sharpness", "saturation", "grid")
