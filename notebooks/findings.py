@@ -581,6 +581,8 @@ def markdown(rows, columns=None):
 def save_page(folder):
     """Write verdicts.csv, all claims that were tried, and README.md: results/template.md with numbers filled in. There
     {KEY} stands for what was found of the claim with that key, {table_3} for the claims of question 3."""
+    import judges  # which needs this file for its tables
+
     rows, agreed = verdict_rows(), agreement()
     (folder / "verdicts.csv").unlink(missing_ok=True)
     study.append_rows(folder / "verdicts.csv", rows)
@@ -590,11 +592,13 @@ def save_page(folder):
     numbers |= {"models": agreed[0]["n"], "rho": {row["of"]: row["Spearman"] for row in agreed}}
     numbers |= {f"{kind}_30": row["step 30"].split(",")[0] for kind, row in zip(("ruined", "sound"), alarms())}
     numbers |= {"validation": markdown(validation()), "verdicts": Counter(row["verdict"] for row in rows)}
+    numbers |= judges.page_numbers()
     for question in QUESTIONS:
         of_question = [row for row in on_page if row["question"] == str(question)]
         numbers[f"table_{question}"] = markdown(of_question, ["claim", "effect", "n", "verdict", "put"])
-    page = (study.HERE / "results/template.md").read_text("utf-8").format_map(numbers)
-    (folder / "README.md").write_text(page, "utf-8")
+    for name, template in (("README.md", "template.md"), ("judges.md", "template_judges.md")):
+        page = (study.HERE / "results" / template).read_text("utf-8").format_map(numbers)
+        (folder / name).write_text(page, "utf-8")
 
 
 def main(argv=None):

@@ -38,7 +38,7 @@ LEAST_SPREAD = 0.05  # of a part among the base's samples: less would be luck
 WORSE = 2.0  # spreads by which a sample counts as worse than the base's
 WORDS = dict(shape="outlines", motion="motion", texture="grounds")
 TRIED, NOTICED = 6, 0.9  # real clips that are bent on purpose to try the score; AUC from which it can be relied on
-STRANGEST = 1.7  # times as strange to the base as real clips: more marks a ruined run (results/README.md)
+STRANGEST = 1.5  # times as strange to the base as real clips: more marks a ruined run (results/judges.md)
 
 
 def spread(clips):

@@ -1,8 +1,8 @@
 """Which number of one run tells ruin from soundness? The judges of samples, held against the renderer's truth.
 
-    python notebooks/judges.py run       trains 17 settings with three fresh seeds, draws clips and judges them  (40 min)
-    python notebooks/judges.py blind     what the base's loss sees and does not see: clips changed in known ways   (1 min)
-    python notebooks/judges.py camera    the distortion score on camera footage: --footage FILE ... (5 min)
+    python notebooks/judges.py run       17 settings with three fresh seeds: trains, draws clips, judges them  (40 min)
+    python notebooks/judges.py blind     what the base's loss sees of clips that were changed in known ways     (1 min)
+    python notebooks/judges.py camera    the distortion score on camera footage: --footage FILE ...            (10 min)
     python notebooks/judges.py table     what came of it, as the findings' page shows it
 
 A run draws four prompts and knows nothing else, so each number here is of one training seed and these four prompts. The
@@ -42,6 +42,8 @@ ABOVE = ("full 2e-3", "full 6e-3", "lora 2e-2")  # so begin the settings above t
 TUNED_SEEDS, FRESH_SEEDS = (1,), (21, 22, 23)  # the judges and their limit were chosen by the former
 BASE_SEEDS = (1000, 2000)  # of the noise that the base's two sets of samples start from; the tuned models' is the first
 DRAWN_BY_A_RUN = 2  # prompts of each set
+TRUTH = {"pose_iou": -1, "ground_error": 1}  # -> sign that makes larger worse
+WORDS = dict(pose_iou="with outlines: all, sound, alike", ground_error="with grounds: all, sound, alike")
 # Put before a model of the fresh seeds was trained.
 CLAIMS = (
     ("strangeness", "AUC", 0.98, "strangeness of four prompts separates settings above the limit from those below"),
@@ -193,33 +195,86 @@ def partial_spearman(x, y, *others):
     return pearsonr(*rest).statistic
 
 
-def compared(seeds):
-    """Rows of the table: for each number of one run AUC, the gap, and correlations with the truth, over models of seeds."""
-    of_models, real = models(), heldout_loss_of_base()
-    before, again = (of_models["base", seed] for seed in BASE_SEEDS)
-    chosen = {key: rows for key, rows in of_models.items() if key[1] in seeds}
-    above = [key[0].startswith(ABOVE) for key in chosen]
-    values = [numbers(rows, before, again, real) for rows in chosen.values()]
-    truth = {name: [sign * statistics.fmean(row[name] for row in rows) for rows in chosen.values()]
-             for name, sign in (("pose_iou", -1), ("ground_error", 1))}  # fmt: skip
-    others = [
-        [statistics.fmean(r[name] for r in rows) for rows in chosen.values()] for name in ("concept", "weight_change")
-    ]
+def of_models(seeds):
+    """(settings, numbers of one run, rows of the clips) of the models of some training seeds."""
+    everything, real = models(), heldout_loss_of_base()
+    before, again = (everything["base", seed] for seed in BASE_SEEDS)
+    chosen = {key: rows for key, rows in everything.items() if key[1] in seeds}
+    return [name for name, _ in chosen], [numbers(r, before, again, real) for r in chosen.values()], [*chosen.values()]
+
+
+def agreement(values, rows, above):
+    """{truth: Spearman's coefficients of a number of one run with it, larger for worse}: over all models, over those
+    below the limit, and over all at equal concept score and equal change of the weights."""
     from scipy.stats import spearmanr
 
-    out = []
-    for name in values[0]:
-        mine = [v[name] for v in values]
-        row = {"number": name, "n": len(mine), "AUC": f"{auc(mine, above):.2f}"}
-        lowest, highest = min(v for v, x in zip(mine, above) if x), max(v for v, x in zip(mine, above) if not x)
-        row["lowest above, highest below"] = f"{lowest:.3g}, {highest:.3g}"
-        for of, true in truth.items():
-            sound = [k for k, x in enumerate(above) if not x]
-            row[f"{of}, all"] = f"{spearmanr(mine, true).statistic:.2f}"
-            row[f"{of}, sound"] = f"{spearmanr([mine[k] for k in sound], [true[k] for k in sound]).statistic:.2f}"
-            row[f"{of}, alike"] = f"{partial_spearman(mine, true, *others):.2f}"
-        out.append(row)
+    means = {
+        name: [statistics.fmean(row[name] for row in r) for r in rows] for name in (*TRUTH, "concept", "weight_change")
+    }
+    sound, out = [k for k, x in enumerate(above) if not x], {}
+    for name, sign in TRUTH.items():
+        true = [sign * v for v in means[name]]
+        some = [[v[k] for k in sound] for v in (values, true)]
+        alike = partial_spearman(values, true, means["concept"], means["weight_change"])
+        out[name] = spearmanr(values, true).statistic, spearmanr(*some).statistic, alike
     return out
+
+
+def compared(seeds):
+    """Rows of the table: how well each number of one run tells ruin, and how it goes with the truth."""
+    names, found, rows = of_models(seeds)
+    above, out = [name.startswith(ABOVE) for name in names], []
+    for name in found[0]:
+        values = [numbers[name] for numbers in found]
+        lowest, highest = min(v for v, x in zip(values, above) if x), max(v for v, x in zip(values, above) if not x)
+        row = {"number of one run": name, "AUC": f"{auc(values, above):.2f}", "lowest above": f"{lowest:.3g}"}
+        row["highest below"] = f"{highest:.3g}"
+        agrees = agreement(values, rows, above)
+        out.append(row | {WORDS[of]: ", ".join(f"{x:.2f}" for x in three) for of, three in agrees.items()})
+    return out
+
+
+def verdicts(seeds=FRESH_SEEDS):
+    """Rows: what was claimed of fresh seeds, and what came of it."""
+    names, found, rows = of_models(seeds)
+    above, out = [name.startswith(ABOVE) for name in names], []
+    for name, what, bar, words in CLAIMS:
+        values = [numbers[name] for numbers in found]
+        if what == "AUC":
+            result, holds = f"AUC {auc(values, above):.3f}", auc(values, above) >= bar
+        elif what == "limit":
+            missed = sum(v <= bar for v, x in zip(values, above) if x)
+            false = sum(v > bar for v, x in zip(values, above) if not x)
+            result, holds = (
+                f"{missed} of {sum(above)} missed, {false} of {len(above) - sum(above)} marked wrongly",
+                not missed + false,
+            )
+        else:
+            rho = agreement(values, rows, above)[what][1]
+            result, holds = f"Spearman {rho:.2f}", rho >= bar
+        out.append({"claim": f"{words} ({bar:g})", "result": result, "verdict": "confirmed" if holds else "refuted"})
+    return out
+
+
+def page_numbers():
+    """What the findings' page shows of this."""
+    changed = [
+        {"clips": row["clips"], "strangeness": f"{row['strangeness']:.1f}"}
+        for row in study.read_table(study.table("blind"))
+    ]
+    markdown = findings.markdown
+    names, found, rows = of_models(FRESH_SEEDS)
+    above, short = [name.startswith(ABOVE) for name in names], []
+    for name in (name for name in found[0] if name != "excess"):
+        values = [numbers[name] for numbers in found]
+        cells = (name, auc(values, above), *(three[1] for three in agreement(values, rows, above).values()))
+        short.append(
+            dict(zip(("number of one run", "AUC", "outlines", "grounds"), (name, *(f"{x:.2f}" for x in cells[1:]))))
+        )
+    numbers = dict(judges_short=markdown(short), judged_models=len(names))
+    numbers |= dict(judges=markdown(compared(FRESH_SEEDS)), judges_claims=markdown(verdicts()), blind=markdown(changed))
+    numbers["camera"] = markdown(study.read_texts(study.table("camera")))
+    return numbers | {"strangest": judge.STRANGEST, "noticed": judge.NOTICED}
 
 
 def heldout_loss_of_base():
@@ -291,7 +346,7 @@ def footage():
 
 
 def camera(files):
-    """Rows: how the distortion score does on windows of footage, one half the reference, the other half changed. AUC of
+    """Write results/study_camera.csv: how the distortion score does on windows of footage, one half the reference, the other half changed. AUC of
     the weakest-seen distortion at middle strength, against the clean windows (`alone`) and, as a run is judged, by how
     much a window's parts change, against harmless changes of it (`beside`)."""
     rows = []
@@ -327,6 +382,8 @@ def camera(files):
                 )
             )
         )
+    study.table("camera").unlink(missing_ok=True)
+    study.append_rows(study.table("camera"), rows)
     return rows
 
 
@@ -352,6 +409,7 @@ def main(argv=None):
     else:
         for seeds in [args.seeds] if args.seeds else (TUNED_SEEDS, FRESH_SEEDS):
             print(f"\ntraining seeds {', '.join(map(str, seeds))}\n\n{findings.markdown(compared(seeds))}")
+        print(f"\n{findings.markdown(verdicts(args.seeds or FRESH_SEEDS))}")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def rows_of(path):
 
 def test_the_page_and_the_verdicts_are_what_the_command_writes(tmp_path):
     findings.main(["page", "--to", str(tmp_path)])
-    for name in ("README.md", "verdicts.csv"):
+    for name in ("README.md", "judges.md", "verdicts.csv"):
         assert (tmp_path / name).read_bytes() == (PAGE.parent / name).read_bytes()
 
 
