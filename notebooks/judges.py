@@ -335,7 +335,7 @@ def blind(work):
 
 # ------------------------------------------------------------------------------------------------------- camera footage
 
-WINDOW = 17  # frames of a clip that is cut from footage
+WINDOW, MOST_WINDOWS = 17, 14  # frames of a clip that is cut from footage; of one video
 MIDDLE = 2  # of the strengths of a distortion
 
 
@@ -346,13 +346,15 @@ def footage():
 
 
 def camera(files):
-    """Write results/study_camera.csv: how the distortion score does on windows of footage, one half the reference, the other half changed. AUC of
-    the weakest-seen distortion at middle strength, against the clean windows (`alone`) and, as a run is judged, by how
-    much a window's parts change, against harmless changes of it (`beside`)."""
+    """Write results/study_camera.csv: how the distortion score does on windows of footage, one half the reference, the
+    other half changed. AUC of the distortion that it sees worst, at middle strength: against clean windows (`alone`),
+    and, as a run is judged, of how much a window's parts change, against harmless changes of it (`beside`)."""
     rows = []
     for file in files:
         video = cl.read_video(file, height=128, width=160).numpy()
-        windows = [video[k : k + WINDOW] for k in range(0, len(video) - WINDOW + 1, WINDOW)][:24]
+        windows = [video[k : k + WINDOW] for k in range(0, len(video) - WINDOW + 1, WINDOW)][:MOST_WINDOWS]
+        if len(windows) < 2 * distortion.LEAST_REFERENCE:
+            raise SystemExit(f"judges: {file}: {len(windows)} windows of {WINDOW} frames are too few")
         reference = distortion.reference_statistics(windows[::2])
         clean = [dataclasses.asdict(distortion.distortion(clip, reference)) for clip in windows[1::2]]
         again = clean[1:] + clean[:1]  # other moments: how much clips differ that nobody changed
@@ -382,6 +384,7 @@ def camera(files):
                 )
             )
         )
+        print(rows[-1], flush=True)
     study.table("camera").unlink(missing_ok=True)
     study.append_rows(study.table("camera"), rows)
     return rows
