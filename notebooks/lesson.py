@@ -43,7 +43,9 @@ pictures = cl.load_instrument("pictures")
 cl.quiet_libraries()  # before anything imports bitsandbytes
 
 from diffusers.pipelines import pipeline_utils  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
+diffusers_logging.set_verbosity_error()  # a blend of --full casts its model, of which diffusers warns
 pipeline_utils.tqdm = tqdm  # in a notebook it would be a widget, of which the saved notebook keeps a bar at 0 %
 
 MOST_FRAMES = 17  # of an animation: a clip of 49 would make the notebook too large to be shown on GitHub

@@ -65,8 +65,8 @@ def notebook(tmp_path):
     sources = [cell.source for cell in read.cells]
     first = next(i for i, source in enumerate(sources) if source.startswith("## The dashboard"))
     last = next(i for i, source in enumerate(sources) if "lesson.Dashboard(" in source)
-    setup = next(cell for cell in read.cells if cell.cell_type == "code")
-    read.cells = [setup, *read.cells[first : last + 1]]
+    sections = [i for i, source in enumerate(sources) if source.startswith("## ")]  # the first is the set-up
+    read.cells = [*read.cells[: sections[1]], *read.cells[first : last + 1]]
     for cell in read.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

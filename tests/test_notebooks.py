@@ -184,6 +184,39 @@ def test_every_exercise_has_its_solution_and_is_listed_at_the_end(lesson):
         assert re.search(rf"(?m)^- {re.escape(exercise)} ", listed), exercise
 
 
+# ------------------------------------------------------------------------------------------------ lesson 6 and the README
+
+ON_CARD = re.compile(r"`(python \S+ --(\w+) --model THUDM/CogVideoX-(2b|5b) [^`]*)`<br>([\d.]+) GiB, ([\d.]+) h")
+
+
+def test_lesson_6_and_the_readme_tell_the_same_of_a_24_gb_card():
+    """To the digit: memory and hours of each method, the command to type, and every other figure in GiB."""
+    readme, lesson = (ROOT / "README.md").read_text("utf-8"), nbformat.read(LESSONS[6], as_version=4)
+    (card,) = [line for line in readme.splitlines() if line.startswith("| **24 GB**")]
+    told = {(method, model): (command, gib, hours) for command, method, model, gib, hours in ON_CARD.findall(card)}
+    tables = [o.data["text/markdown"] for o in outputs(lesson) if "GiB, predicted" in o.get("data", {}).get("text/markdown", "")]
+    rows = re.findall(r"\| (\w+) of (\w+) \| ([\d.]+) \| ([\d.]+) \|", tables[0])
+    shown = {(method.lower(), model.lower()): (gib, hours) for method, model, gib, hours in rows}
+    assert len(told) == 2 and len(shown) == 6
+    for key, (_, *figures) in told.items():
+        assert shown[key] == tuple(figures), key
+    assert f"QLoRA ({shown['qlora', '5b'][0]} GiB) if other programs use the card" in card
+    command, gib, hours = told["lora", "5b"]
+    assert re.search(rf"{re.escape(command)} +# {gib} GiB, {hours} h", prose(lesson))
+    sources = readme + "".join((ROOT / "tests" / name).read_text("utf-8") for name in ("README.md", "cards.csv"))
+    for figure in re.findall(r"([\d.]+) GiB", prose(lesson)):
+        assert figure in sources, figure
+
+
+def test_lesson_6_names_the_symptoms_and_causes_of_the_readme():
+    table = (ROOT / "README.md").read_text("utf-8").partition("## What can go wrong")[2].partition("\n## ")[0]
+    symptoms = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ")][2:]
+    ours = prose(nbformat.read(LESSONS[6], as_version=4))
+    assert len(symptoms) >= 6
+    for symptom in symptoms:
+        assert " | ".join(symptom) in ours, symptom
+
+
 # ---------------------------------------------------------------------------------------------------------------- nbval
 
 
