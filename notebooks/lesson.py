@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from IPython.display import Image, Markdown, display
 from PIL import Image as Picture
-from PIL import ImageDraw
+from PIL import ImageDraw, ImageFont
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data_samples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data_samples"), str(ROOT / "notebooks")]
 
 import cogvideo_lite as cl  # noqa: E402
 
@@ -48,6 +48,7 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 diffusers_logging.set_verbosity_error()  # a blend of --full casts its model, of which diffusers warns
 pipeline_utils.tqdm = tqdm  # in a notebook it would be a widget, of which the saved notebook keeps a bar at 0 %
 
+COLOURS = {"full": "tab:red", "lora": "tab:blue", "qlora": "tab:green", "base": "0.4"}  # of the methods, everywhere
 MOST_FRAMES = 17  # of an animation: a clip of 49 would make the notebook too large to be shown on GitHub
 
 
@@ -126,6 +127,23 @@ def strip(frames, px):
     """Frames (C, H, W) side by side as one PIL picture."""
     row = torch.cat(list(resized(torch.stack(list(frames)), px)), dim=2)
     return pictures.to_image(row)
+
+
+def side_by_side(columns, rows, caption, frames=2, px=128):
+    """Clips as a table. columns: header -> a clip for each row; rows: their labels. Each cell shows a few frames."""
+    chosen = lambda clip: clip[torch.linspace(0, len(clip) - 1, frames).round().long()]  # noqa: E731
+    strips = [[strip(chosen(clip), px) for clip in clips] for clips in columns.values()]
+    width, height = strips[0][0].size
+    picture = Picture.new("RGB", (len(columns) * (width + 8) - 8, 18 + len(rows) * (height + 18)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for x, (header, cells) in enumerate(zip(columns, strips)):
+        draw.text((x * (width + 8) + width / 2, 1), header, fill="black", font=font, anchor="ma")
+        for y, (label, cell) in enumerate(zip(rows, cells)):
+            top = 18 + y * (height + 18)
+            picture.paste(cell, (x * (width + 8), top + 18))
+            if x == 0:
+                draw.text((2, top + 1), label, fill="dimgray", font=font)
+    show(picture, caption)
 
 
 def stacked(rows):
@@ -242,9 +260,9 @@ class LossCurve:
         means = [cl.mean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
         figure, axes = plt.subplots(figsize=(7, 2.6))
         axes.plot(steps, losses, color="0.8", label="batch")
-        axes.plot(steps, means, label=f"mean of the last {width + 1}")
+        axes.plot(steps, means, color=COLOURS[self.config.method], label=f"mean of the last {width + 1}")
         if heldout:
-            axes.plot(*zip(*heldout), "o-", label="held-out")
+            axes.plot(*zip(*heldout), "ko-", label="held-out")
         axes.set(xlabel="step", ylabel="loss", xlim=(0, self.config.steps), title=self.label)
         axes.legend()
         caption = caption or f"loss of {self.label} so far."
@@ -253,13 +271,14 @@ class LossCurve:
         self.drawn = time.perf_counter()
 
 
-def train(config, label=None):
+def train(config, label=None, judged=True):
     """`cl.train`, seen: what the program decides and why, a line of progress, a loss curve that grows. Then its samples
-    are judged, as the command line does. Returns the run."""
+    are judged, as the command line does, unless there is no time for it. Returns the run."""
     resolved = cl.resolve(config)[0]
-    curve = LossCurve(resolved, label or f"--{resolved.method}, rate {resolved.lr:g}")
+    curve = LossCurve(resolved, label or f"--{resolved.method}, learning rate {resolved.lr:g}")
     with progress():
-        run = judge.judge(cl.train(config, callbacks=[curve]).folder)
+        run = cl.train(config, callbacks=[curve])
+        run = judge.judge(run.folder) if judged else run
     s = run.summary
     caption = (
         f"loss of {curve.label} over {s['steps']} steps (seed {resolved.seed}, batches of {resolved.batch_size}); "

@@ -72,6 +72,15 @@ def test_a_picture_carries_its_sentence_as_alt_text_and_below(shown):
     assert sentence.data == "*Figure: a <dark> square (n = 1).*"
 
 
+def test_clips_side_by_side_stand_in_columns_with_headers(shown):
+    """Two methods, three prompts, two frames each: dark clips on the left, light ones on the right, in nearly their own grey."""
+    columns = {"dark": [torch.full((9, 3, 16, 16), 0.2)] * 3, "light": [torch.full((9, 3, 16, 16), 0.8)] * 3}
+    lesson.side_by_side(columns, ["a", "b", "c"], "dark and light clips (n = 3).", px=16)
+    (frame,) = pictures(shown[0].data)
+    assert frame.shape[:2] == (18 + 3 * 34, 2 * 32 + 8)
+    assert abs(frame[-8, 8].mean() / 255 - 0.2) < 0.02 and abs(frame[-8, -8].mean() / 255 - 0.8) < 0.02
+
+
 def test_sliders_look_up_and_refuse_a_combination_without_a_picture():
     made = {(a, t): (f"{a}{t}".encode(), f"{a} at {t}") for a in ("lora", "full") for t in (10, 20)}
     dashboard = lesson.Dashboard({"method": ["lora", "full"], "steps": [10, 20]}, made)
