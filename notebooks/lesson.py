@@ -286,6 +286,7 @@ def train(config, label=None, judged=True):
         f"{s['heldout_after']:.4f} after."
     )
     curve.draw(caption)
+    print(*judge.verdict(s), sep="\n")
     return run
 
 
