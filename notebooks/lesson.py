@@ -286,7 +286,8 @@ def train(config, label=None, judged=True):
         f"{s['heldout_after']:.4f} after."
     )
     curve.draw(caption)
-    print(*judge.verdict(s), sep="\n")
+    for line in judge.verdict(s):
+        print(line)
     return run
 
 
