@@ -3,10 +3,10 @@
     python cogvideo_lite.py --judge runs/lora-...          (the command line does it by itself when a run has ended)
 
 Two judges look at each sample beside the base's of the same prompt and seed. The base itself says how strange it finds
-the sample (`strangeness`; the script measured that when it drew the samples). The distortion score says how much further
-from real clips it lies than the base's, part by part (`changes`). `judge` writes samples/distortion.json, a contact
-sheet and an animation, adds what was found to summary.json, and writes the model card anew with it. Doing it twice gives
-the same files.
+the sample (`strangeness`; the script measured that when it drew it). The distortion score says how much further from
+real clips it lies than the base's, part by part (`changes`). `judge` writes samples/distortion.json, a contact sheet
+and an animation, adds what was found to summary.json, and writes the model card anew with it. Doing it twice gives the
+same files.
 """
 
 import dataclasses
@@ -172,13 +172,20 @@ def strangeness(losses):
     return after / before, real / before
 
 
-def compared_with_base(rows, folder, references):
+def compared_with_base(rows, folder, references, concept=None):
     """What a summary says of a run's samples beside the base's: `strangeness`, that of real clips, and whether it is
-    `ruined`; and of each part in how many prompts it is `worse`. Each only where it was measured."""
+    `ruined`; and of each part in how many prompts it is `worse`. Each only where it was measured. concept: the word
+    that names the concept, by which prompts with it and without are told apart."""
     found, file = {}, folder / "samples/base_losses.json"
     if file.exists():
-        times, real = strangeness(json.loads(file.read_text("utf-8")))
+        losses = json.loads(file.read_text("utf-8"))
+        times, real = strangeness(losses)
         found |= {"strangeness": times, "strangeness_of_real": real, "ruined": times > STRANGEST * max(real, 1.0)}
+        for name, asked in (("strangeness_asked", True), ("strangeness_unasked", False)):
+            of = [k for k, row in enumerate(rows) if concept and (concept in row["prompt"].split()) == asked]
+            if of:
+                some = {when: [losses[when][k] for k in of] for when in WHEN}
+                found[name] = strangeness({**losses, **some})[0]
     judged = [row for row in rows if all(row.get(when) for when in JUDGED)]
     if judged:
         changed = changes(judged)
@@ -207,8 +214,10 @@ def verdict(summary):
             f"of {n} prompts, worse than the base's: {words}" if worse else f"no worse than the base's in {n} prompts"
         ]
     if summary.get("distortion_noticed", 1.0) < NOTICED:
-        lines += [f"the distortion score cannot be relied on here: of your own clips, bent on purpose, it separates "
-                  f"{summary['distortion_noticed']:.0%} from straight ones (50% is chance); look at the samples"]  # fmt: skip
+        share = f"{summary['distortion_noticed']:.0%} from straight ones (50% is chance)"
+        lines += [
+            f"the distortion score cannot be relied on here: of your own clips, bent on purpose, it separates {share}"
+        ]
     return lines
 
 
@@ -234,7 +243,7 @@ def judge(folder):
     rows, clips = judge_samples(run.folder, prompts, references, truth)
     save_pictures(run.folder / "samples", list(prompts), clips, config.fps)
     cl.write_json(run.folder / "samples/distortion.json", rows)
-    run.summary.update(compared_with_base(rows, run.folder, references))
+    run.summary.update(compared_with_base(rows, run.folder, references, truth and truth.CONCEPT))
     run.summary.update(medians(rows, clips, truth and truth.CONCEPT))
     cl.write_json(run.folder / "summary.json", run.summary)
     if run.metrics:  # a blend was never trained, and has no card
@@ -280,6 +289,9 @@ def report(run):
                   + ", ".join(f"{name} {change(name)}" for name in distortion.COMPANIONS[1:])]  # fmt: skip
     if "similarity_after" in summary:
         lines += [f"likeness of the samples {change('similarity')} (1: all the same)"]
+    if "strangeness_asked" in summary and "strangeness_unasked" in summary:
+        lines += [f"strangeness where the concept is asked for {summary['strangeness_asked']:.1f}, where not "
+                  f"{summary['strangeness_unasked']:.1f}"]  # fmt: skip
     for name, asked in (("concept", "where it is asked for"), ("concept_unasked", "where not")):
         if f"{name}_after" in summary:
             lines += [f"concept score {asked} {change(name)}"]

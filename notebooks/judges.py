@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -156,14 +157,14 @@ def models():
     return out
 
 
-def of_a_run(rows):
-    """Of a model's rows those of the prompts that a run draws."""
-    return [row for where in ("concept", "away") for row in [r for r in rows if r["set"] == where][:DRAWN_BY_A_RUN]]
+def of_a_run(rows, each=DRAWN_BY_A_RUN):
+    """Of a model's rows those of the prompts that a run draws: so many of each set."""
+    return [row for where in ("concept", "away") for row in [r for r in rows if r["set"] == where][:each]]
 
 
-def numbers(rows, before, again, real_loss):
-    """What one run could print of itself: {name: number}, larger for worse."""
-    (after, first, second) = (of_a_run(r) for r in (rows, before, again))
+def numbers(rows, before, again, real_loss, each=DRAWN_BY_A_RUN):
+    """What one run could print of itself: {name: number}, larger for worse. each: prompts of each set."""
+    (after, first, second) = (of_a_run(r, each) for r in (rows, before, again))
     parts = [{"before": b, "again": a, "after": c} for b, a, c in zip(first, second, after)]
     losses = {when: [row["base_loss"] for row in r] for when, r in (("before", first), ("after", after))}
     strangeness, of_real = judge.strangeness({**losses, "heldout": [real_loss]})
@@ -172,6 +173,11 @@ def numbers(rows, before, again, real_loss):
         "excess": strangeness / of_real,
         **{part: statistics.fmean(values) for part, values in judge.changes(parts).items()},
         "distortion": statistics.median(row["score"] for row in after),
+        "slower than the base": -statistics.median(row["speed"] for row in after),
+        **{
+            f"{name}, change": statistics.fmean(abs(math.log(a[name] / b[name])) for a, b in zip(after, first))
+            for name in ("sharpness", "saturation", "grid")
+        },
         "held-out loss": rows[0]["loss_concept"],
         "change of the weights": rows[0]["weight_change"],
     }
@@ -195,12 +201,16 @@ def partial_spearman(x, y, *others):
     return pearsonr(*rest).statistic
 
 
-def of_models(seeds):
+def of_models(seeds, each=DRAWN_BY_A_RUN):
     """(settings, numbers of one run, rows of the clips) of the models of some training seeds."""
     everything, real = models(), heldout_loss_of_base()
     before, again = (everything["base", seed] for seed in BASE_SEEDS)
     chosen = {key: rows for key, rows in everything.items() if key[1] in seeds}
-    return [name for name, _ in chosen], [numbers(r, before, again, real) for r in chosen.values()], [*chosen.values()]
+    return (
+        [name for name, _ in chosen],
+        [numbers(r, before, again, real, each) for r in chosen.values()],
+        [*chosen.values()],
+    )
 
 
 def agreement(values, rows, above):
@@ -231,6 +241,19 @@ def compared(seeds):
         row["highest below"] = f"{highest:.3g}"
         agrees = agreement(values, rows, above)
         out.append(row | {WORDS[of]: ", ".join(f"{x:.2f}" for x in three) for of, three in agrees.items()})
+    return out
+
+
+def by_prompts(seeds=FRESH_SEEDS):
+    """Rows: what more prompts would buy."""
+    out = []
+    for each in (1, 2, 4):
+        names, found, _ = of_models(seeds, each)
+        above = [name.startswith(ABOVE) for name in names]
+        row = {"prompts": 2 * each, "clips drawn": 6 * each}
+        out.append(
+            row | {name: f"AUC {auc([n[name] for n in found], above):.3f}" for name in ("strangeness", *judge.PARTS)}
+        )
     return out
 
 
@@ -273,6 +296,7 @@ def page_numbers():
         )
     numbers = dict(judges_short=markdown(short), judged_models=len(names))
     numbers |= dict(judges=markdown(compared(FRESH_SEEDS)), judges_claims=markdown(verdicts()), blind=markdown(changed))
+    numbers["judges_prompts"] = markdown(by_prompts())
     numbers["camera"] = markdown(study.read_texts(study.table("camera")))
     return numbers | {"strangest": judge.STRANGEST, "noticed": judge.NOTICED}
 

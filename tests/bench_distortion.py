@@ -1,13 +1,15 @@
-"""How long does the distortion score take?
+"""How long do the two judges of samples take?
 
     python tests/bench_distortion.py                 a clip of 49 frames at 480x720, and one of the bundled clips
 
-Prints seconds a clip, the median of --runs, once for the clip alone: statistics of the reference are made once and kept.
+Prints seconds a clip of the distortion score, the median of --runs: statistics of the reference are made once and kept.
+Then what strangeness costs at the end of a run of the bundled model, as a share of drawing the run's samples.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 
 import cogvideo_lite as cl  # noqa: E402
 import distortion  # noqa: E402
@@ -34,9 +37,25 @@ def main():
             start = time.perf_counter()
             distortion.distortion(clip, reference)
             seconds.append(time.perf_counter() - start)
-        print(
-            f"{name}: {statistics.median(seconds):.2f} s a clip, {len(clips)} reference clips, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        print(f"{name}: {statistics.median(seconds):.2f} s a clip, {len(clips)} reference clips, {threads} threads")
+    for method in ("lora", "full"):
+        share = statistics.median(cost_of_strangeness(method) for _ in range(runs))
+        print(f"strangeness, {method}: {share:.1%} of drawing the samples")
+
+
+def cost_of_strangeness(method):
+    """Seconds of `Trainer.judge_by_base`, loading the base anew included, over those of drawing a run's samples."""
+    config, base, _ = cl.resolve(cl.Config(method=method, compute_dtype="float32"))
+    with tempfile.TemporaryDirectory() as folder:
+        folder, trainer = Path(folder), cl.Trainer(config, base, cl.cache_clips(config), Accelerator(cpu=True))
+        (folder / "samples").mkdir()
+        start = time.perf_counter()
+        for when in cl.SAMPLED:
+            trainer.draw_samples(folder, when)
+        drawn = time.perf_counter()
+        trainer.judge_by_base(folder)
+        return (time.perf_counter() - drawn) / (drawn - start)
 
 
 if __name__ == "__main__":
