@@ -52,7 +52,7 @@ CLAIMS = (
     (
         "excess",
         "limit",
-        judge.STRANGEST,
+        1.7,
         "a strangeness so many times that of real clips marks those above, and no other",
     ),
     ("strangeness", "pose_iou", 0.75, "among sound models, strangeness goes with the renderer's truth on outlines"),
