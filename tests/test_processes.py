@@ -29,6 +29,8 @@ import cogvideo_lite as cl
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 {patch}
 if {runs!r} is None:
+    note = pathlib.Path(__file__).with_name(f"process-{{rank}}.json")
+    note.write_text(json.dumps(dict(rank=rank, world=world, pid=os.getpid())))
     sys.exit(cl.main(sys.argv[1:]))
 for fields in json.loads(pathlib.Path({runs!r}).read_text()):
     cl.train(cl.Config(**fields))
@@ -71,6 +73,13 @@ def launch(folder, launcher=("--standalone", "--nproc_per_node=2"), runs=None, p
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     return started.communicate(timeout=300) if wait else started
+
+
+def assert_two(*places):
+    """That two processes of one world began, each of which left a note; places: their folders."""
+    notes = [json.loads(file.read_text()) for place in places for file in sorted(place.glob("process-*.json"))]
+    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
+    assert notes[0]["pid"] != notes[1]["pid"]
 
 
 def trained(folder):
@@ -193,6 +202,8 @@ def test_two_agents_of_torchrun_train_the_command_line(launched):
     told = [agent.communicate(timeout=300) for agent in agents]
     assert [out.count("results in") for out, _ in told] == [1, 0], told
     assert "2: each holds some rows" in told[0][0]
+    assert_two(folder / "agent0", folder / "agent1")
+    assert json.loads((folder / "two agents/summary.json").read_text())["processes"] == 2
     way = way_of(alone["full"], cl.find_base(shared["model"]).load("transformer", torch.float32))
     assert_same(alone["full"].folder, folder / "two agents", way)
 
@@ -240,6 +251,7 @@ def test_a_process_that_fails_says_one_line_and_ends_all_soon(launched, what):
     (place / "config.json").write_text(json.dumps(fields))
     out, err = launch(place, patch=patch.format(note=str(place / "failed")), argv=[*argv, "--out", fields["out"]])
     assert time.time() - (place / "failed").stat().st_mtime < 10
+    assert_two(place)
     lines = [line for line in err.splitlines() if "cogvideo_lite: " in line]
     assert len(lines) == 1 and words in lines[0], err
     assert not (place / "run/summary.json").exists()
