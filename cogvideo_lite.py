@@ -1801,8 +1801,8 @@ class Trainer:
         """A set of samples, always from the same seeds, with their latents. All processes take part, and one writes."""
         clips, latents = self.generated(SAMPLED.get(when, 0), f"sampling {when}")
         if self.accelerator.is_main_process:
-            save_samples(folder / "samples", when, clips, self.config.fps)
             save_file({"latents": latents}, str(folder / f"samples/{when}.safetensors"))
+            save_samples(folder / "samples", when, clips, self.config.fps)
         self.accelerator.wait_for_everyone()
 
     def base_losses(self, folder, *sets):
@@ -1961,7 +1961,7 @@ def train(config, callbacks=()):
     accelerator.wait_for_everyone()
     drawn = all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts)))
     refuse((done and not drawn, f"run '{folder}': its samples before training are gone; start a new run"))
-    for when in () if drawn else ("before", "again"):
+    for when in () if drawn else ("again", "before"):  # where the latter are, all are
         trainer.draw_samples(folder, when)
     lines = read_metrics(folder / "metrics.jsonl")
     began, metrics = (lines[0], lines[-1]) if done else (trainer.measurements(0), {})
