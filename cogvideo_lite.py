@@ -1576,9 +1576,8 @@ def sampling_pipeline(base, transformer, dtype, device, description):
 
 @torch.no_grad()
 def generate(pipe, base, prompt_embeds, empty, config, seed):
-    """Clips from the stock pipeline, given embeddings (N, L, D), so that T5 need not be in memory. Clip k starts from
-    the noise of seed + k. Returns, on the CPU, a list of float (F, C, H, W) in [0, 1] and the latents (N, T, C, h, w)
-    that they were decoded from."""
+    """Clips of the stock pipeline for embeddings (N, L, D), without T5 in memory. Clip k starts from the noise of
+    seed + k. Returns, on the CPU, a list of float (F, C, H, W) in [0, 1], and their latents (N, T, C, h, w)."""
     clips, drawn, at_once, padding = [], [], base.sampled_at_once, base.latent_frames(config.frames)[1]
     for first in range(0, len(prompt_embeds), at_once):
         embeds = prompt_embeds[first : first + at_once]
@@ -1622,7 +1621,9 @@ def sample(run_or_model, prompts, seed=0, **changes):
 def save_samples(folder, when, clips, fps):
     """WHEN-K.mp4 for the clip of each prompt, K by their order in prompts.json."""
     for k, clip in enumerate(clips):
-        write_video(folder / f"{when}-{k}.mp4", clip, fps)
+        partial = folder / f"partial-{when}-{k}.mp4"
+        write_video(partial, clip, fps)
+        os.replace(partial, folder / f"{when}-{k}.mp4")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -1787,8 +1788,7 @@ class Trainer:
         return step % self.config.checkpoint_every == 0 or step == self.config.steps
 
     def generated(self, seed=0, description="sampling"):
-        """A clip of each validation prompt from the weights as they are; clip k starts from the noise of seed + k.
-        Returns clips and latents, as `generate` does."""
+        """A clip of each validation prompt, and their latents, from the weights as they are: see `generate`."""
         pipe = sampling_pipeline(self.base, self.transformer, self.dtype, self.device, description)
         embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in self.cache.prompts.values()])
         embeds, empty = (e.to(self.device, self.dtype) for e in (embeds, self.samples.empty))
