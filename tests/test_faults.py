@@ -544,7 +544,7 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not():
     command = [sys.executable, str(ROOT / "tests/bench_faults.py"), "--at", *bench_faults.MOMENTS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == [
+    assert [line for line in done.stdout.splitlines() if line.startswith("killed")] == [  # libraries print, too
         "killed while coding (coding): same bits",
         "killed while saving (saving): same bits",
         "killed while sampling (sampling after): same bits",

@@ -491,7 +491,7 @@ def test_a_knob_that_did_not_help_is_tried_again_after_another():
 def test_what_does_not_go_with_what_is_asked_is_passed_over(capsys, monkeypatch):
     """Five clips a step cannot be cut in fours."""
     small = ["--model", LARGE["2b"], "--frames", "9", "--height", "64", "--width", "64", "--card", "RTX 4090"]
-    monkeypatch.setattr(plan, "knobs", lambda config: [])
+    monkeypatch.setattr(plan, "knobs", lambda *_: [])
     assert cl.main(["--plan", "--full", *small, "--batch-size", "4", "--micro-batch-size", "4"]) == 0
     printed = capsys.readouterr().out
     assert "no gradient checkpointing" in printed and "one more clip" not in printed and "this fits" in printed
@@ -506,7 +506,7 @@ def test_a_knob_leaves_out_what_goes_only_with_another_method():
 
 def test_what_does_not_fit_is_answered_with_a_command_that_does(midsize, monkeypatch, capsys):
     monkeypatch.setattr(plan, "CONTEXT_GIB", 0)
-    monkeypatch.setattr(plan, "spending", lambda config: [])
+    monkeypatch.setattr(plan, "spending", lambda *_: [])
     fields = dict(model=str(midsize), frames=9, height=128, width=128, batch_size=16)
     vram = 0.7 * plan.plan(cl.Config(method="full", **fields)).peak_gib
     assert cl.main(["--plan", "--full", *shlex.split(plan.as_options(fields)), "--vram", str(vram)]) == 0
@@ -521,8 +521,8 @@ def test_what_does_not_fit_is_answered_with_a_command_that_does(midsize, monkeyp
 
 
 def test_a_card_without_bf16_units_is_planned_in_the_arithmetic_that_a_run_takes_there(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "knobs", lambda config: [])
-    monkeypatch.setattr(plan, "spending", lambda config: [])
+    monkeypatch.setattr(plan, "knobs", lambda *_: [])
+    monkeypatch.setattr(plan, "spending", lambda *_: [])
     small = ["--frames", "9", "--height", "64", "--width", "64"]
     for model, dtype in (("5b", "float32"), ("2b", "float16")):
         assert cl.main(["--plan", "--lora", "--model", LARGE[model], *small, "--card", "T4"]) == 0
@@ -664,7 +664,7 @@ def test_a_configuration_that_cannot_be_built_or_run_is_refused_in_one_line(file
 
 
 def test_a_cards_name_may_be_written_small_and_a_step_too_short_for_its_estimate_is_marked(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "knobs", lambda config: [])
+    monkeypatch.setattr(plan, "knobs", lambda *_: [])
     assert cl.main(["--plan", "--lora", "--model", str(NANO), "--card", "rtx 4090"]) == 0
     printed = capsys.readouterr().out
     assert "23.6 GiB, what torch finds on the RTX 4090" in printed and "so short a step takes longer" in printed
@@ -673,7 +673,7 @@ def test_a_cards_name_may_be_written_small_and_a_step_too_short_for_its_estimate
 
 
 def test_what_takes_more_memory_stands_beside_what_it_does_to_the_work(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "knobs", lambda config: [])
+    monkeypatch.setattr(plan, "knobs", lambda *_: [])
     assert cl.main(["--plan", "--lora", "--model", LARGE["2b"], "--card", "RTX 4090"]) == 0
     found = re.findall(r"([+-][\d.]+) GiB  (.*?)  +(--.*?)  .*work ([+-]\d+) %", capsys.readouterr().out)
     assert [row[1:] for row in found] == [  # a forward that is not done again: 1 of 4 parts of the work, for LoRA
@@ -769,8 +769,8 @@ def test_the_command_prints_what_is_shown_of_it(capsys):
 
 
 def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "knobs", lambda config: [])
-    monkeypatch.setattr(plan, "spending", lambda config: [])
+    monkeypatch.setattr(plan, "knobs", lambda *_: [])
+    monkeypatch.setattr(plan, "spending", lambda *_: [])
     monkeypatch.setattr(plan, "measured_rate", lambda *_: 1e11)
     assert cl.main(["--plan", "--lora", "--model", LARGE["2b"]]) == 0
     printed = re.sub(r"(?<=\d),(?=\d{3})", "", capsys.readouterr().out)
@@ -784,7 +784,7 @@ def test_without_a_card_the_time_here_stands_beside_that_on_a_usual_one(capsys, 
 
 
 def test_the_command_prints_the_plan_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "spending", lambda config: [])
+    monkeypatch.setattr(plan, "spending", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     assert cl.main(["--plan", "--lora", "--vram", "24", "--card", "RTX 4090"]) == 0
     printed = capsys.readouterr().out
