@@ -3,7 +3,7 @@
     python cogvideo_lite.py --lora                                                   the bundled nano model, on any CPU
     python cogvideo_lite.py --qlora --model THUDM/CogVideoX-5b --data my_clips       the real one, its base in 4 bits
     python cogvideo_lite.py --full --model THUDM/CogVideoX-2b --data my_clips        all its weights, at a low rate
-    python cogvideo_lite.py --sample "a spider moving left over water" --run runs/lora-...
+    python cogvideo_lite.py --sample "a spider moving left over water" --run runs/lora-... [--image first.png]
     torchrun --nproc_per_node 2 cogvideo_lite.py --full --shard                      two cards, each with half of it
 
 It reads top to bottom, in the order in which data flows: configuration, clips, base model, how weights are kept, cache,
@@ -15,7 +15,7 @@ DeepSpeed's engine (zero), lie in notebooks/.
 Letters in shapes: B clips, F frames, C channels, H height and W width in pixels, T latent frames, h and w latent height
 and width, L text tokens, D text width.
 
-What it does not do: image-to-video, LoRA on the text encoder, buckets of several sizes in one run.
+What it does not do: LoRA on the text encoder, buckets of several sizes in one run.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from fractions import Fraction
 from pathlib import Path
 from statistics import fmean as mean, geometric_mean
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -74,7 +75,7 @@ class Config:
     """Everything that decides a run. `resolve` fills what is None; the result is saved as the run's config.json."""
 
     method: str = option(None, "lora", choices=["lora", "qlora", "full"])
-    model: str = option("pipeline folder or Hub id of a CogVideoX text-to-video model", "data_samples/cogvideox-nano")
+    model: str = option("folder or Hub id of a CogVideoX, text- or image-to-video", "data_samples/cogvideox-nano")
     data: str = option("folder of clips with captions, in any form that README.md lists", "data_samples/spider")
     heldout: str = option("folder of clips that are only held out [DATA-heldout if it exists, else every tenth clip]")
     out: str = option("folder of the run [runs/METHOD-TIME]")
@@ -199,6 +200,11 @@ def resolve(config, base=None, processes=None):
         values = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items())
         sources = "; ".join(f"{k}: {reason}" for k, reason in source.items() if k in taken)
         reasons.append(("recipe", f"{values} ({sources})" if sources else values))
+    own = dict(frames=base.frames, height=base.native[0], width=base.native[1])
+    learned = base.transformer.get("use_learned_positional_embeddings")  # of CogVideoX-5b-I2V: there are no others
+    wrong = next((name for name, value in own.items() if learned and getattr(config, name) != value), None)
+    words = f"this model has learned its positions, for {'x'.join(map(str, own.values()))} alone"
+    refuse((wrong, f"{flag(wrong or '')} {getattr(config, wrong or 'frames')}: must be {own.get(wrong)}: {words}"))
     cell, micro = base.spatial * base.patch, config.micro_batch_size or config.batch_size
     for name in ("height", "width"):
         value, most = getattr(config, name), base.spatial * base.transformer[f"sample_{name}"]
@@ -527,22 +533,12 @@ class Footage(contextlib.ExitStack):
     def picture(self, frame, height, width):
         """A frame as it is shown, scaled to cover height x width and cropped around the centre: float (H, W, C) in
         [0, 1], transparency on white. An untagged matrix is BT.709 for HD and BT.601 for less, as players take it."""
-        picture = self.pixels(frame)
-        if picture.shape[2] == 4:
-            picture, alpha = picture[..., :3], picture[..., 3:]
-            picture = picture * alpha + (1 - alpha)
+        picture = on_white(self.pixels(frame))
         a, b, c, d = self.turn(frame)
         if abs(b) > abs(a):
             picture, a, d = picture.transpose(0, 1), c, b
         picture = picture.flip([axis for axis, sign in ((1, a), (0, d)) if sign < 0])
-        high, wide = self.shown_size(frame)
-        scale = max(height / high, width / wide)
-        size = max(height, round(high * scale)), max(width, round(wide * scale))
-        if picture.shape[:2] != size:
-            picture = picture.permute(2, 0, 1)[None]
-            picture = F.interpolate(picture, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1).permute(1, 2, 0)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return picture[top : top + height, left : left + width].contiguous()
+        return cover(picture, self.shown_size(frame), height, width)
 
     def pixels(self, frame):
         """float (H, W, C) in [0, 1] as decoded; C is 4 where a frame may be transparent."""
@@ -565,6 +561,24 @@ class Footage(contextlib.ExitStack):
         except (av.FFmpegError, ValueError) as error:
             raise self.error(f"pixels in {frame.format.name}, which cannot be converted ({type(error).__name__})")
         return torch.from_numpy(pixels).float() / 255
+
+
+def on_white(picture):
+    """float (H, W, 3) of a picture (H, W, 3), or (H, W, 4) with transparency."""
+    return picture[..., :3] * picture[..., 3:] + (1 - picture[..., 3:]) if picture.shape[2] == 4 else picture
+
+
+def cover(picture, shown_size, height, width):
+    """A picture (H, W, C), which is shown at a size of (high, wide), scaled to cover height x width and cropped around
+    the centre."""
+    high, wide = shown_size
+    scale = max(height / high, width / wide)
+    size = max(height, round(high * scale)), max(width, round(wide * scale))
+    if picture.shape[:2] != size:
+        picture = picture.permute(2, 0, 1)[None]
+        picture = F.interpolate(picture, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1).permute(1, 2, 0)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return picture[top : top + height, left : left + width].contiguous()
 
 
 def on_show(frames, fps=None, count=None, rounding_s=0):
@@ -599,6 +613,22 @@ def read_video(path, frames=None, height=None, width=None, fps=None):
             reason = f"{len(pictures)} frames{f' at {fps:g} fps' if fps else ''}{announced}, {frames or 1} needed"
             raise footage.error(reason, "lower --frames or drop it")
     return torch.stack(pictures).permute(0, 3, 1, 2)  # (F, C, H, W)
+
+
+def read_image(path, height, width):
+    """A picture as a viewer shows it, turned as its EXIF says, scaled and cropped as `read_video` does with frames.
+    Returns float (C, H, W) in [0, 1]. Raises UserError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(os.path.expanduser(path)) as opened:
+            refuse((re.match("[IF]", opened.mode), f"image '{path}': of more than 8 bits; save it as PNG or JPEG of 8"))
+            picture = np.array(ImageOps.exif_transpose(opened).convert("RGBA"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = f"{type(error).__name__}: it is missing, damaged, or no picture"
+        raise UserError(f"image '{path}': cannot be read ({reason}); give a PNG or JPEG with --image")
+    picture = on_white(torch.from_numpy(picture).float() / 255)
+    return cover(picture, picture.shape[:2], height, width).permute(2, 0, 1)
 
 
 def write_video(path, video, fps):
@@ -636,6 +666,19 @@ class Base:
     sampled_at_once = property(lambda self: 1 if self.large else 8)  # clips
     fps = property(lambda self: 16 if self.patch_t else 8)  # what CogVideoX1.5, and the others, were trained on
     text_length = property(lambda self: self.transformer["max_text_seq_length"])
+    # Beside the latents of a clip, such a model is shown those of its first frame.
+    image_to_video = property(lambda self: self.transformer["in_channels"] == 2 * self.vae["latent_channels"])
+
+    @property
+    def image_scale(self):
+        """Of the first frame's latents, as the transformer knows them: CogVideoX1.5's are divided, not multiplied."""
+        scale = self.vae["scaling_factor"]
+        return 1 / scale if self.vae.get("invert_scale_latents") else scale
+
+    @property
+    def pipeline(self):
+        """Its class, diffusers' own."""
+        return getattr(importlib.import_module("diffusers"), PIPELINES[self.image_to_video])
 
     @property
     def large(self):  # too large to spend memory freely: above half a billion parameters
@@ -691,6 +734,7 @@ class Base:
         return digest.hexdigest()[:16]
 
 
+PIPELINES = "CogVideoXPipeline", "CogVideoXImageToVideoPipeline"
 READ = {  # settings that are read here, with their types
     "model_index.json": dict.fromkeys("tokenizer text_encoder transformer vae scheduler".split(), list),
     "transformer": dict.fromkeys(
@@ -726,8 +770,9 @@ def find_base(model, weights=True):
     for file, values in zip(files, (index, transformer, vae)):
         refuse_incomplete(model, file, values, READ[file.partition("/")[0]])
     kind = index.get("_class_name")
-    if kind != "CogVideoXPipeline" or transformer["in_channels"] != vae["latent_channels"]:
-        raise UserError(f"model '{model}': a {kind}; only text-to-video CogVideoX models can be trained here")
+    channels = {name: (k + 1) * vae["latent_channels"] for k, name in enumerate(PIPELINES)}
+    words = f"a {kind} of {transformer['in_channels']} channels; only text- or image-to-video CogVideoX can be trained"
+    refuse((channels.get(kind) != transformer["in_channels"], f"model '{model}': {words} here"))
     for forms in NEEDED.split() if weights else ():  # T5's tokenizer without its file would be one without words
         words = f"model '{model}': no {forms.rstrip('*').replace('|', ' or ')}; download it again (.bin is not read)"
         refuse((not any(path for form in forms.split("|") for path in folder.glob(form)), words))
@@ -921,13 +966,15 @@ def compute_in_dtype_of_input(model, dtype):
 
 @dataclass
 class Cache:
-    """Coded clips and prompts on disk. Each entry of `train` and `heldout` is (clip file, a prompt file a caption)."""
+    """Coded clips and prompts on disk. Each entry of `train` and `heldout` is (clip file, a prompt file a caption). A
+    clip file of an image-to-video model also holds its first frame, uint8 (C, H, W), and codings of it."""
 
     train: list
     heldout: list
     empty: Path  # the empty prompt, for caption dropout and guidance
     prompts: dict  # validation prompt -> file
     prior: list = field(default_factory=list)  # clips of --prior, as in `train`
+    images: dict = field(default_factory=dict)  # validation prompt -> file of the clip whose first frame it begins with
 
 
 def digest(*parts):
@@ -939,11 +986,11 @@ def load_tensor(path, name):
         return file.get_tensor(name)
 
 
-def save_tensor(path, name, tensor, **metadata):
+def save_tensors(path, tensors, **metadata):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: tensor.contiguous().cpu()}, str(partial), metadata)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(partial), metadata)
         os.replace(partial, path)  # a reader sees the whole file or none
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -1010,14 +1057,16 @@ def split_clips(config):
 
 def validation_prompts(config, heldout):
     """Prompts sampled before and after: those given, two of each set in prompts.json beside the data, or held-out
-    captions. Returns prompt -> folder of the real clips that its samples are compared with: that of the set's name
-    beside prompts.json, if there is one, else the data."""
+    captions; the latter where a clip begins with a held-out clip's first frame. Returns prompt -> folder of the real
+    clips that its samples are compared with: that of the set's name beside prompts.json, if there is one, else the
+    data."""
     data = resolve_path(config.data)
     file, folders = data.with_name("prompts.json"), {}
     if config.validation_prompts:
         return dict.fromkeys(config.validation_prompts, data)
+    in_sets = file.exists() and not find_base(config.model, weights=False).image_to_video
     try:
-        for name, prompts in json.loads(read_text(file)).items() if file.exists() else ():
+        for name, prompts in json.loads(read_text(file)).items() if in_sets else ():
             if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts or [None]):
                 raise ValueError
             folder = data.with_name(name)
@@ -1028,17 +1077,26 @@ def validation_prompts(config, heldout):
     return folders or dict.fromkeys(list(dict.fromkeys(clip.caption for clip in heldout))[:3], data)
 
 
+def begun_with(prompts, heldout):
+    """prompt -> the held-out clip with whose first frame it begins: its own, or else one after another."""
+    own = {caption: clip for clip in reversed(heldout) for caption in clip.captions}
+    return {prompt: own.get(prompt, heldout[k % len(heldout)]) for k, prompt in enumerate(prompts)}
+
+
 def cache_clips(config, device=None):
     """Code clips and prompts that are not in the cache yet. Returns Cache. Raises UserError, with all bad clips named.
     What is kept of a clip is the posterior of the VAE, mean and log-variance (2C, T, h, w), not one sample of it: a
-    latent is drawn anew at each step, as in pretraining."""
+    latent is drawn anew at each step, as in pretraining. The noise on the first frame, which image-to-video models are
+    shown, is in pixels, before the VAE, so it cannot be drawn anew: IMAGE_CODINGS of them are kept, each with noise of
+    its own, (IMAGE_CODINGS, 2C, h, w), and each step draws one, and a latent of it."""
     config, base, _ = resolve(config)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, _ = choose_compute_dtype(device, base, config.compute_dtype)
     train, heldout, _ = split_clips(config)
     prior = other_than(heldout, read_clips(config.prior, *clip_size(config))) if config.prior else []
     folder, validation = cache_folder(config), validation_prompts(config, heldout)
-    settings = digest(base.fingerprint("vae"), *clip_size(config), dtype, "as a player shows it")
+    images = [f"{IMAGE_CODINGS} images"] * base.image_to_video
+    settings = digest(base.fingerprint("vae"), *clip_size(config), dtype, "as a player shows it", *images)
     text_model = [base.fingerprint(part) for part in ("text_encoder", "tokenizer")]
     text_settings = digest(*text_model, base.text_length, dtype, config.quantize_text_encoder)
     files = {c: folder / f"clip-{digest(settings, content_of(c.path))}.safetensors" for c in train + heldout + prior}
@@ -1047,6 +1105,7 @@ def cache_clips(config, device=None):
     missing = {clip: file for clip, file in files.items() if not is_cached(file, "moments")}
     missing_prompts = {text: file for text, file in prompts.items() if not is_cached(file, "prompt_embeds")}
     cells = base.latent_frames(config.frames)[0] * (config.height // base.spatial) * (config.width // base.spatial)
+    cells *= 1 + IMAGE_CODINGS / base.latent_frames(config.frames)[0] * base.image_to_video
     of_clips = len(missing) * cells * 2 * base.vae["latent_channels"]  # mean and log-variance
     of_prompts = len(missing_prompts) * base.text_length * base.transformer.get("text_embed_dim", 4096)
     words = f"{len(missing)} clips and {len(missing_prompts)} prompts; make room, or give another folder with --cache"
@@ -1059,10 +1118,12 @@ def cache_clips(config, device=None):
     if missing_prompts:
         coded = encode_prompts(base, list(missing_prompts), device, dtype, config.quantize_text_encoder)
         for file, embeds in zip(missing_prompts.values(), coded):
-            save_tensor(file, "prompt_embeds", embeds)
+            save_tensors(file, {"prompt_embeds": embeds})
     entries = {clip: (files[clip], *(prompts[text] for text in clip.captions)) for clip in files if clip not in bad}
+    first = begun_with(validation, [clip for clip in heldout if clip in entries]) if base.image_to_video else {}
+    images = {prompt: files[clip] for prompt, clip in first.items()}
     train, heldout, prior = ([entries[clip] for clip in clips if clip in entries] for clips in (train, heldout, prior))
-    return Cache(train, heldout, prompts[""], {prompt: prompts[prompt] for prompt in validation}, prior)
+    return Cache(train, heldout, prompts[""], {prompt: prompts[prompt] for prompt in validation}, prior, images)
 
 
 def go_on_without(bad, skip_bad, groups):
@@ -1087,7 +1148,7 @@ def encode_clips(base, missing, settings, device, dtype):
     file. Prints in how many frames repeat. Returns those that cannot be read: clip -> UserError."""
     vae, bad, repeats = base.load("vae", dtype).to(device), {}, {}
     if base.large:
-        tile_beyond_own_size(vae)
+        tile(vae, 1)
     for clip, file in tqdm(missing.items(), desc="coding clips", unit="clip"):
         try:
             video = clip.video
@@ -1095,10 +1156,16 @@ def encode_clips(base, missing, settings, device, dtype):
             bad[clip] = error.with_traceback(None)  # which would hold the frames that were read
             continue
         repeats[clip] = int((video[1:] == video[:-1]).flatten(1).all(1).sum())
+        frame = 2 * video[0] - 1
         video = (2 * video - 1).to(device, dtype).transpose(0, 1)[None]  # (1, C, F, H, W) in [-1, 1]
         with torch.no_grad():
-            moments = vae.encode(video).latent_dist.parameters[0]  # (2C, T, h, w)
-        save_tensor(file, "moments", moments, settings=settings, clip=ascii(clip.path.name))  # the names for people
+            coded = {"moments": vae.encode(video).latent_dist.parameters[0]}  # (2C, T, h, w)
+            if base.image_to_video:
+                noisy = noisy_images(frame, IMAGE_CODINGS, keyed_generator("first frame", file.stem))
+                noisy = noisy.to(device, dtype)[:, None, :, None]  # each (1, C, 1, H, W)
+                coded["images"] = torch.cat([vae.encode(image).latent_dist.parameters[:, :, 0] for image in noisy])
+                coded["first_frame"] = ((frame + 1) * 127.5).round().byte()
+        save_tensors(file, coded, settings=settings, clip=ascii(clip.path.name))  # the names for people
     if any(repeats.values()):
         worst, number = max(repeats, key=repeats.get), sum(map(bool, repeats.values()))
         example = f"'{worst.path.name}' at {repeats[worst]} of {worst.frames - 1} steps"
@@ -1106,10 +1173,21 @@ def encode_clips(base, missing, settings, device, dtype):
     return bad
 
 
-def tile_beyond_own_size(vae):
-    """Let clips that are larger than what the VAE is configured for, such as those of CogVideoX1.5, be coded in
-    overlapping tiles of that size: whole, one of 81x768x1360 would take 30 GiB (predicted). Others are coded whole."""
-    vae.enable_tiling(vae.config.sample_height, vae.config.sample_width)
+IMAGE_CODINGS = 8  # of a clip's first frame in the cache, each with noise of its own
+
+
+def noisy_images(image, count, generator):
+    """An image (C, H, W) in [-1, 1], `count` times, as image-to-video models are shown it in training: with noise of
+    a strength exp(N(-3, 0.5)), one from each of so many equal parts of that distribution. (count, C, H, W)."""
+    parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    strengths = torch.exp(-3 + 0.5 * torch.special.ndtri(parts))[:, None, None, None]
+    return image + strengths * torch.randn(count, *image.shape, generator=generator)
+
+
+def tile(vae, parts):
+    """Let clips larger than a part of what the VAE is configured for be coded, or decoded, in overlapping tiles of that
+    size. 1 to code: CogVideoX1.5's are larger, and whole, one of 81x768x1360 would take 30 GiB (predicted)."""
+    vae.enable_tiling(vae.config.sample_height // parts, vae.config.sample_width // parts)
 
 
 def encode_prompts(base, prompts, device, dtype, quantize=None):
@@ -1186,8 +1264,9 @@ def velocity_loss(transformer, batch, alpha_bar, rotary, dtype):
     """Mean squared error of the predicted velocity, in float32, one number a sample: (B,). The reference trainers
     compare predicted and true clean latents and weight by 1 / (1 - alpha_bar): the same number."""
     noisy, target = noisy_and_velocity(batch["latents"], batch["noise"], alpha_bar[batch["timesteps"].cpu()])
+    seen = torch.cat([noisy, batch["image"]], dim=2) if "image" in batch else noisy
     output = transformer(
-        hidden_states=noisy.to(dtype), encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+        hidden_states=seen.to(dtype), encoder_hidden_states=batch["prompt_embeds"].to(dtype), ofs=batch.get("ofs"),
         timestep=batch["timesteps"], image_rotary_emb=rotary, return_dict=False,
     )[0]  # fmt: skip
     return ((output.float() - target) ** 2).mean(dim=(1, 2, 3, 4))
@@ -1207,6 +1286,7 @@ def rotary_embedding(base, transformer, frames, height, width, device):
 
 
 PRIOR_SHARE = 0.5  # of the samples comes from --prior
+IMAGE_DROPOUT = 0.05  # share of samples trained without their first frame, as image-to-video models were
 
 
 class Samples:
@@ -1233,28 +1313,42 @@ class Samples:
         dropped = torch.rand((), generator=draw("caption dropout")) < self.config.caption_dropout
         clip, *captions = self.clip_at(position)
         caption = torch.randint(len(captions), (), generator=draw("caption"))
-        return self.sample((clip, captions[caption]), t, draw("posterior"), draw("noise"), dropped)
+        return self.sample((clip, captions[caption]), t, draw, dropped, IMAGE_DROPOUT)
 
     def heldout(self, files, index, t):
         """The held-out clip number `index` at a fixed timestep under fixed noise, the same for every seed of a run."""
         draw = functools.partial(keyed_generator, "held-out", step=t, sample=index)
-        return self.sample(files, torch.tensor(t), draw("posterior"), draw("noise"), False)
+        return self.sample(files, torch.tensor(t), draw)
 
-    def drawn(self, latents, prompt, t):
+    def drawn(self, latents, prompt, image, t):
         """A clip that a model drew, at a timestep under noise that is the same for all of them."""
-        noise = torch.randn(latents.shape, generator=keyed_generator("drawn", "noise", t))
-        embeds = load_tensor(prompt, "prompt_embeds")
-        return {"latents": latents, "noise": noise, "timesteps": torch.tensor(t), "prompt_embeds": embeds}
+        draw, embeds = functools.partial(keyed_generator, "drawn", step=t), load_tensor(prompt, "prompt_embeds")
+        noise, more = torch.randn(latents.shape, generator=draw("noise")), self.condition(image, draw, len(latents))
+        return {"latents": latents, "noise": noise, "timesteps": torch.tensor(t), "prompt_embeds": embeds, **more}
 
-    def sample(self, files, t, posterior, noise, dropped):
+    def sample(self, files, t, draw, caption_dropped=False, image_dropout=0.0):
+        """draw: purpose -> a generator."""
         moments = load_tensor(files[0], "moments")
-        latents = draw_latents(moments, self.base.vae["scaling_factor"], posterior, self.base.patch_t)
+        latents = draw_latents(moments, self.base.vae["scaling_factor"], draw("posterior"), self.base.patch_t)
         return {
             "latents": latents,  # (T, C, h, w)
-            "noise": torch.randn(latents.shape, generator=noise),
+            "noise": torch.randn(latents.shape, generator=draw("noise")),
             "timesteps": t,
-            "prompt_embeds": self.empty if dropped else load_tensor(files[1], "prompt_embeds"),  # (L, D)
+            "prompt_embeds": self.empty if caption_dropped else load_tensor(files[1], "prompt_embeds"),  # (L, D)
+            **self.condition(files[0], draw, len(latents), image_dropout),
         }
+
+    def condition(self, file, draw, count, dropout=0.0):
+        """What an image-to-video model is shown besides, of `count` latent frames: those of a clip's first frame in the
+        first place, where the pipeline has them, and zeros in all others; in CogVideoX1.5 a constant, too."""
+        if not self.base.image_to_video:
+            return {}
+        generator, codings = draw("image"), load_tensor(file, "images")  # (IMAGE_CODINGS, 2C, h, w)
+        kept = torch.rand((), generator=generator) >= dropout
+        coding = codings[torch.randint(len(codings), (), generator=generator)][:, None]
+        first = draw_latents(coding, self.base.image_scale, generator) * kept  # (1, C, h, w)
+        constant = {"ofs": torch.tensor(2.0)} if self.base.transformer.get("ofs_embed_dim") else {}
+        return {"image": torch.cat([first, first.new_zeros(count - 1, *first.shape[1:])]), **constant}
 
 
 def collate(samples, device):
@@ -1543,7 +1637,7 @@ def save_trained(transformer, method, folder, weights=None):
 
 def load_trained(transformer, folder):
     """Put what save_trained wrote back into a transformer that is ready for it. Raises UserError where it is not."""
-    weights, folder = dict(transformer.named_parameters()), Path(folder)
+    weights, folder = dict(transformer.named_parameters()) | dict(transformer.named_buffers()), Path(folder)
     files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
     try:
         for name, tensor in (pair for file in files for pair in load_file(str(file)).items()):
@@ -1563,45 +1657,57 @@ def checkpoints(folder):
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 def sampling_pipeline(base, transformer, dtype, device, description):
-    """The stock pipeline without T5 around a transformer; it decodes in tiles where the model is large."""
-    from diffusers import CogVideoXPipeline
-
+    """The stock pipeline without T5 around a transformer."""
     vae = base.load("vae", dtype).to(device)
-    if base.large:
-        vae.enable_tiling()
-    pipe = CogVideoXPipeline(None, None, vae, transformer.eval(), base.load("scheduler"))
+    pipe = base.pipeline(None, None, vae, transformer.eval(), base.load("scheduler"))
     pipe.set_progress_bar_config(desc=description, leave=False)
     return pipe
 
 
 @torch.no_grad()
-def generate(pipe, base, prompt_embeds, empty, config, seed):
+def generate(pipe, base, prompt_embeds, empty, config, seed, images=None):
     """Clips of the stock pipeline for embeddings (N, L, D), without T5 in memory. Clip k starts from the noise of
-    seed + k. Returns, on the CPU, a list of float (F, C, H, W) in [0, 1], and their latents (N, T, C, h, w)."""
+    seed + k; an image-to-video model's from image k of (N, C, H, W), too. A large model's are decoded in tiles.
+    Returns, on the CPU, a list of float (F, C, H, W) in [0, 1], and their latents (N, T, C, h, w)."""
     clips, drawn, at_once, padding = [], [], base.sampled_at_once, base.latent_frames(config.frames)[1]
     for first in range(0, len(prompt_embeds), at_once):
         embeds = prompt_embeds[first : first + at_once]
+        image = {} if images is None else {"image": images[first : first + at_once]}
+        if base.large:
+            tile(pipe.vae, 1)  # a first frame is coded as it was for training
         latents = pipe(
+            **image,
             prompt_embeds=embeds, negative_prompt_embeds=empty.expand_as(embeds), num_frames=config.frames,
             height=config.height, width=config.width, num_inference_steps=config.sampling_steps,
             guidance_scale=config.guidance_scale, max_sequence_length=base.text_length, output_type="latent",
             generator=[torch.Generator().manual_seed(seed + first + k) for k in range(len(embeds))],
         ).frames  # fmt: skip
+        if base.large:
+            tile(pipe.vae, 2)
         video = pipe.video_processor.postprocess_video(pipe.decode_latents(latents[:, padding:]), output_type="pt")
         clips += list(video.float().cpu())  # (N, F, C, H, W)
         drawn.append(latents.float().cpu())
     return clips, torch.cat(drawn)
 
 
-def sample(run_or_model, prompts, seed=0, **changes):
-    """Clips for prompts: from a run (its base with its adapter) or from a model folder or id. changes: fields of Config
-    to differ from the run's or the recipe's, such as frames, sampling_steps, guidance_scale. Returns a list of float
-    (F, C, H, W) in [0, 1]. Raises UserError."""
+def sample(run_or_model, prompts, seed=0, images=None, **changes):
+    """Clips for prompts: from a run (its base with its adapter) or from a model folder or id. images: the picture file
+    that an image-to-video model's clips begin with, or a list of one a prompt. changes: fields of Config to differ from
+    the run's or the recipe's, such as frames, sampling_steps, guidance_scale. Returns a list of float (F, C, H, W) in
+    [0, 1]. Raises UserError."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     run = Path(os.path.expanduser(run_or_model))
     is_run = (run / "config.json").exists() and not (run / "model_index.json").exists()
     config = load_run(run).config if is_run else Config(model=str(run_or_model))
     config, base, _ = resolve(dataclasses.replace(config, resume=False, seed=seed, **changes))
+    images = [images] if isinstance(images, (str, Path)) else list(images or [])
+    images, model = images * len(prompts) if len(images) == 1 else images, f"model '{config.model}'"
+    refuse(
+        (images and not base.image_to_video, f"--image: {model} makes clips of a text alone; leave it out"),
+        (base.image_to_video and not images, f"{model}: its clips begin with a picture; give one with --image FILE"),
+        (len(images) not in (0, len(prompts)), f"--image: {len(images)} for {len(prompts)} prompts; one, or one each"),
+    )  # fmt: skip
+    images = torch.stack([read_image(i, config.height, config.width) for i in images]) if images else None
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_compute_dtype(device, base, changes.get("compute_dtype"))  # the run may be of another machine
@@ -1615,7 +1721,7 @@ def sample(run_or_model, prompts, seed=0, **changes):
         add_trained_lora(transformer, config, run)
     compute_in_dtype_of_input(transformer.requires_grad_(False), dtype)
     pipe = sampling_pipeline(base, transformer, dtype, device, "sampling")
-    return generate(pipe, base, torch.stack(embeds).to(device), empty.to(device), config, seed)[0]
+    return generate(pipe, base, torch.stack(embeds).to(device), empty.to(device), config, seed, images)[0]
 
 
 def save_samples(folder, when, clips, fps):
@@ -1681,7 +1787,14 @@ class Trainer:
     def whole_weights(self):
         """The trained weights by name, in the first process; None where each holds them whole. All must take part."""
         trained = ((name, p.detach()) for name, p in self.transformer.named_parameters() if p.requires_grad)
-        return {name: gathered(p.to_local()) for name, p in trained} if self.config.shard else None
+        whole = {name: gathered(p.to_local()) for name, p in trained} if self.config.shard else None
+        return whole and whole | self.tables()
+
+    def tables(self):
+        """What files of weights hold besides: CogVideoX-5b-I2V's positions, which diffusers does not train."""
+        weights = dict(self.transformer.named_parameters())
+        state = self.transformer.state_dict() if self.config.method == "full" else {}
+        return {name: tensor for name, tensor in state.items() if name not in weights}
 
     def losses(self, model, samples):
         """One velocity loss a sample: (B,)."""
@@ -1792,8 +1905,10 @@ class Trainer:
         pipe = sampling_pipeline(self.base, self.transformer, self.dtype, self.device, description)
         embeds = torch.stack([load_tensor(file, "prompt_embeds") for file in self.cache.prompts.values()])
         embeds, empty = (e.to(self.device, self.dtype) for e in (embeds, self.samples.empty))
+        images = [load_tensor(file, "first_frame") / 255 for file in self.cache.images.values()]
         with self.judged():
-            drawn = generate(pipe, self.base, embeds, empty, self.config, seed)
+            images = torch.stack(images) if images else None
+            drawn = generate(pipe, self.base, embeds, empty, self.config, seed, images)
         self.transformer.train()
         return drawn
 
@@ -1808,9 +1923,10 @@ class Trainer:
     def base_losses(self, folder, *sets):
         """The base's loss on sets of samples, each clip under its own prompt: a list for each set. It says how strange
         they are to it. The weights must be the base's."""
+        prompts = [(file, self.cache.images.get(prompt)) for prompt, file in self.cache.prompts.items()]
         for when in sets:
             latents = load_tensor(folder / f"samples/{when}.safetensors", "latents")  # (K, T, C, h, w)
-            at = [functools.partial(self.samples.drawn, *clip) for clip in zip(latents, self.cache.prompts.values())]
+            at = [functools.partial(self.samples.drawn, clip, *files) for clip, files in zip(latents, prompts)]
             yield self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
 
     def look(self, folder, step):
@@ -1956,7 +2072,7 @@ def train(config, callbacks=()):
     trainer = engine(config, base, cache, accelerator)
     done = trainer.load_checkpoint(newest) if newest else 0
     if main:
-        begin_folder(run, newest, done)
+        begin_folder(run, newest, done, cache.images)
         banner(trainer, reasons, folder)
     accelerator.wait_for_everyone()
     drawn = all((folder / f"samples/before-{k}.mp4").exists() for k in range(len(cache.prompts)))
@@ -2068,8 +2184,11 @@ def read_metrics(path):
         raise UserError(f"'{path}': damaged ({error}); start a new run")
 
 
-def begin_folder(run, newest, done):
-    """Write config.json and samples/prompts.json; keep the metrics of the first `done` steps only."""
+def begin_folder(run, newest, done, images):
+    """Write config.json and samples/prompts.json, and first-K.png of the first frames that samples begin with (prompt
+    -> clip file, in the cache); keep the metrics of the first `done` steps only."""
+    from PIL import Image
+
     folder, metrics = run.folder, run.folder / "metrics.jsonl"
     if run.config.resume:
         print(f"resume: {newest or f'no complete checkpoint in {folder}, starting from the beginning'}")
@@ -2079,6 +2198,9 @@ def begin_folder(run, newest, done):
     (folder / "samples").mkdir(exist_ok=True)
     prompts = validation_prompts(run.config, split_clips(run.config)[1])
     write_json(folder / "samples/prompts.json", {prompt: portable(real) for prompt, real in prompts.items()})
+    for k, file in enumerate(images.values()):
+        frame = load_tensor(file, "first_frame").permute(1, 2, 0)
+        Image.fromarray(frame.numpy()).save(folder / f"samples/first-{k}.png")
     run.metrics += [m for m in read_metrics(metrics) if m["step"] <= done]
     refuse((len(run.metrics) != done, f"'{metrics}': lacks lines of the {done} steps made; start a new run"))
     if metrics.exists():
@@ -2127,12 +2249,12 @@ CARD = """---
 {more}
 ```python
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import {pipeline}, CogVideoXTransformer3DModel{load_image}
 
 {load}
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()
-clip = pipe({prompt!r}, {call}).frames[0]
+clip = pipe({image}{prompt!r}, {call}).frames[0]
 ```
 
 This run's results are in `summary.json`, clips of the base and after training in `samples/`, and everything that
@@ -2146,19 +2268,26 @@ def write_model_card(run, prompts, more=""):
 
     config, local = run.config, resolve_path(run.config.model)
     base, dtype = str(local) if local.exists() else config.model, f"dtype=torch.{config.compute_dtype}"
-    load = f"pipe = CogVideoXPipeline.from_pretrained({base!r}, {dtype})\n"
+    described = find_base(config.model, weights=False)
+    pipeline = PIPELINES[described.image_to_video]
+    load = f"pipe = {pipeline}.from_pretrained({base!r}, {dtype})\n"
     load += 'pipe.load_lora_weights(".")  # this folder; alpha is stored with the weights'
     if config.method == "full":
         load = f'transformer = CogVideoXTransformer3DModel.from_pretrained("transformer", {dtype})  # in this folder\n'
-        load += f"pipe = CogVideoXPipeline.from_pretrained({base!r}, transformer=transformer, {dtype})"
+        load += f"pipe = {pipeline}.from_pretrained({base!r}, transformer=transformer, {dtype})"
     call = dict(num_frames=config.frames, height=config.height, width=config.width)
     call |= dict(guidance_scale=config.guidance_scale, num_inference_steps=config.sampling_steps)
-    call["max_sequence_length"] = find_base(config.model, weights=False).text_length
-    tags = ["text-to-video", "cogvideox", "diffusers", "cogvideo_lite"] + ["lora"] * (config.method != "full")
+    call["max_sequence_length"] = described.text_length
+    kind = "image-to-video" if described.image_to_video else "text-to-video"
+    tags = [kind, "cogvideox", "diffusers", "cogvideo_lite"] + ["lora"] * (config.method != "full")
+    image, load_image = "", ""
+    if described.image_to_video:
+        image, load_image = 'load_image("samples/first-0.png"), ', "\nfrom diffusers.utils import load_image"
     hub = dict(base_model=None if local.exists() else base, library_name="diffusers", pipeline_tag=tags[0], tags=tags)
     text = CARD.format(
         metadata=ModelCardData(license="other", **hub).to_yaml(), method=config.method, model=Path(config.model).name,
-        data=Path(config.data).name, more=more, load=load, prompt=prompts[0],
+        data=Path(config.data).name, more=more, load=load, prompt=prompts[0], pipeline=pipeline, image=image,
+        load_image=load_image,
         call=", ".join(f"{name}={value}" for name, value in call.items()),
     )  # fmt: skip
     (run.folder / "README.md").write_text(text, "utf-8")
@@ -2264,9 +2393,10 @@ def blend(run, share, out=None):
     summary = {"blend_of": str(run.folder.resolve()), "blend_share": share, "steps": run.summary["steps"]}
     write_json(out / "summary.json", summary)  # with it, `sample` takes the folder for a run's
     write_json(out / "samples/prompts.json", {prompt: portable(real) for prompt, real in prompts.items()})
-    for file in (file for when in ("before", "again") for file in run.folder.glob(f"samples/{when}-*.mp4")):
+    for file in (file for when in ("before", "again", "first") for file in run.folder.glob(f"samples/{when}-*.*")):
         shutil.copy(file, out / "samples")
-    save_samples(out / "samples", "after", sample(out, prompts, seed=0), config.fps)
+    images = [out / f"samples/first-{k}.png" for k in range(len(prompts) * base.image_to_video)]
+    save_samples(out / "samples", "after", sample(out, prompts, seed=0, images=images), config.fps)
     return Run(out, config, summary, [])
 
 
@@ -2284,6 +2414,7 @@ ACTIONS = {
 }
 EXTRAS = {
     "run": dict(help="folder of a finished run, for --sample"),
+    "image": dict(nargs="+", metavar="FILE", help="for --sample: what clips begin with; one picture, or one a prompt"),
     "check": dict(action="store_true", help="say what in the clips is likely to harm, write check.html, and stop"),
     "plan": dict(action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"),
     "vram": dict(type=float, metavar="GIB", help="with --plan: memory that the run must fit in [the card's; 24]"),
@@ -2332,6 +2463,7 @@ def command_line(argv):
         (of_plan and not todo["plan"], "--vram, --card and --processes: only with --plan"),
         (file and not (method or todo["check"]), "--config: goes with --lora, --qlora, --full or --check"),
         (todo["run"] and not todo["sample"], "--run: only for --sample; a run is continued with --resume --out RUN"),
+        (todo["image"] and not todo["sample"], "--image: only for --sample; training takes each clip's first frame"),
     )
     for action in list(ACTIONS)[3:]:
         other = min(set(given) - set({"sample": SAMPLING, "judge": []}.get(action, ["out"])), default=None)
@@ -2340,7 +2472,7 @@ def command_line(argv):
     if todo["check"]:
         load_instrument("check").check_command(method, given, file)
     elif todo["sample"]:
-        sample_command(todo["sample"], todo["run"], given)
+        sample_command(todo["sample"], todo["run"], todo["image"], given)
     elif todo["merge"]:
         out = merge(todo["merge"], out)
         report("judge", lambda judge: judge.merging_report(todo["merge"], out))
@@ -2399,13 +2531,13 @@ def judged(run):
     return run.folder
 
 
-def sample_command(prompts, run, given):
+def sample_command(prompts, run, images, given):
     refuse((run and "model" in given, "--model: the run names its own; leave one of the two out"))
     run = run and str(load_run(run).folder)
     seed, source = given.pop("seed", 0), run or given.pop("model", Config.model)
     out = Path(os.path.expanduser(given.pop("out", None) or (Path(run) / "samples" if run else "samples")))
     refuse_out(out)
-    clips = sample(source, prompts, seed=seed, **given)
+    clips = sample(source, prompts, seed=seed, images=images, **given)
     native = load_config(Path(run) / "config.json").fps if run else find_base(str(source)).fps
     out.mkdir(parents=True, exist_ok=True)
     for k, (prompt, clip) in enumerate(zip(prompts, clips)):

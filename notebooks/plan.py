@@ -54,6 +54,8 @@ PUBLISHED = {  # name -> (transformer, scaling factor of its latents, dtype of i
     "CogVideoX-2b": (NARROW, 1.15258426, "float16"),
     "CogVideoX-5b": (WIDE, 0.7, "bfloat16"),
     "CogVideoX1.5-5B": (LONG, 0.7, "bfloat16"),
+    "CogVideoX-5b-I2V": (dict(WIDE, in_channels=32, use_learned_positional_embeddings=True), 0.7, "bfloat16"),
+    "CogVideoX1.5-5B-I2V": (dict(LONG, in_channels=32, ofs_embed_dim=512), 0.7, "bfloat16"),
 }
 PUBLISHED_VAE = dict(
     block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16, temporal_compression_ratio=4,
@@ -395,8 +397,8 @@ class Allocator:
 
 def shapes_only(model, dtype):
     """A model on the meta device with its weights in a dtype, frozen, in eval mode, as if it had been loaded."""
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
+    for tensor in model.state_dict(keep_vars=True).values():  # of which learned positions are no parameters
+        tensor.data = tensor.data.to(dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -553,7 +555,7 @@ def rehearse_caching(config, base, card):
         take_memory(ledger, vae)
         clip = torch.empty(1, 3, config.frames, config.height, config.width, dtype=dtype)
         if base.large:
-            cl.tile_beyond_own_size(vae)
+            cl.tile(vae, 1)
         with once_for_a_shape(ledger, vae, (vae.encoder, "forward"), (vae, "blend_v"), (vae, "blend_h")):
             vae.encode(clip)
         del vae, clip
@@ -726,7 +728,7 @@ def rehearse(config, base, blocks, card=True, sampling=True, processes=1):
         transformer.enable_gradient_checkpointing()
     ledger.enter_when_run(transformer.transformer_blocks)
     size = config.height // base.spatial, config.width // base.spatial
-    shape = sum(base.latent_frames(config.frames)), base.transformer["in_channels"], *size  # (T, C, h, w)
+    shape = sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size  # (T, C, h, w)
     text = base.text_length, base.transformer.get("text_embed_dim", 4096)
     share = config.batch_size // processes
     micro = config.micro_batch_size or share
@@ -776,6 +778,8 @@ def rehearse(config, base, blocks, card=True, sampling=True, processes=1):
                 "timesteps": torch.empty(micro, dtype=torch.long),
                 "prompt_embeds": torch.empty(micro, *text, dtype=dtype),
             }  # fmt: skip
+            if base.image_to_video:
+                batch |= {"image": torch.empty(micro, *shape), "ofs": torch.empty(micro)}
             older = {memory for memory, _ in ledger.held.values()}
             with offloaded() if config.offload_activations else contextlib.nullcontext():
                 loss = cl.velocity_loss(transformer, batch, alpha_bar, rotary, dtype).sum() / share
@@ -816,10 +820,12 @@ def rehearse(config, base, blocks, card=True, sampling=True, processes=1):
             inputs = 2 * base.sampled_at_once  # each clip with its prompt and without
             root = shards.whole(None) if shards else None
             with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
+                seen = torch.empty(inputs, shape[0], base.transformer["in_channels"], *size, dtype=dtype)
                 transformer(
-                    torch.empty(inputs, *shape, dtype=dtype), torch.empty(inputs, *text, dtype=dtype),
-                    torch.empty(inputs, dtype=torch.long), image_rotary_emb=rotary, return_dict=False,
+                    seen, torch.empty(inputs, *text, dtype=dtype), torch.empty(inputs, dtype=torch.long),
+                    ofs=torch.empty(1), image_rotary_emb=rotary, return_dict=False,
                 )  # fmt: skip
+                del seen
                 del root
                 ledger.begin("sampling")  # decoding
                 ledger.events += decoding.events[slice(*working)]
@@ -841,9 +847,13 @@ def rehearse_decoding(config, base, card):
         ledger.begin("sampling")
         size = config.height // base.spatial, config.width // base.spatial
         shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
+        if base.image_to_video:
+            if base.large:
+                cl.tile(vae, 1)
+            vae.encode(torch.empty(1, 3, 1, config.height, config.width, dtype=dtype))
         latents, pipe = torch.empty(shape, dtype=dtype), CogVideoXPipeline(None, None, vae, None, None)
         if base.large:
-            vae.enable_tiling()
+            cl.tile(vae, 2)
         with once_for_a_shape(ledger, vae, (vae.decoder, "forward"), (vae, "blend_v"), (vae, "blend_h")):
             frames = pipe.decode_latents(latents)
         pipe.video_processor.postprocess_video(frames, output_type="pt").float()

@@ -146,11 +146,12 @@ class Trainer(cl.Trainer):
         return self.updates.measured()["grad_norm"]
 
     def whole_weights(self):
-        return {name: self.updates.whole(name) for name in self.updates.names}
+        return {name: self.updates.whole(name) for name in self.updates.names} | self.tables()
 
     def load_checkpoint(self, folder):
         step = super().load_checkpoint(folder)
         for file in (folder / "transformer").glob("*.safetensors"):
             for name, tensor in load_file(str(file)).items():
-                self.updates.put(name, tensor)  # in float32, whatever the transformer computes in
+                if name in self.updates.names:
+                    self.updates.put(name, tensor)  # in float32, whatever the transformer computes in
         return step

@@ -110,8 +110,8 @@ def cache_of_noise(folder, frames, height, width):
     import torch
 
     t = (frames - 1) // 4 + 1
-    cl.save_tensor(folder / "clip.safetensors", "moments", torch.randn(32, t, height // 8, width // 8))
-    cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(226, 4096).bfloat16())
+    cl.save_tensors(folder / "clip.safetensors", {"moments": torch.randn(32, t, height // 8, width // 8)})
+    cl.save_tensors(folder / "prompt.safetensors", {"prompt_embeds": torch.randn(226, 4096).bfloat16()})
     clip = (folder / "clip.safetensors", folder / "prompt.safetensors")
     return cl.Cache([clip], [clip], clip[1], {})
 

@@ -53,6 +53,7 @@ import plan  # noqa: E402
 import tables  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
+IMAGE_TO_VIDEO = {"5b-i2v": "THUDM/CogVideoX-5b-I2V", "1.5-i2v": "THUDM/CogVideoX1.5-5B-I2V"}
 USUAL = {12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 48: "RTX A6000", 80: "H100"}  # GB -> a card of so many
 CARDS = ["RTX 3060", "RTX 4080", "RTX 3090", "RTX 4090", "RTX A6000", "A100 80GB", "H100"]
 CAPACITY = {gb: plan.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
@@ -415,14 +416,16 @@ def command_of(config):
 
 
 def rows_of_cards(model):
-    """A model's rows of tests/cards.csv. A plan does not depend on the card, so each is made once."""
+    """A model's rows of tests/cards.csv. A plan does not depend on the card, so each is made once. Of image-to-video,
+    which takes little more than its text-to-video model, those of one card."""
     cl.quiet_libraries()
-    return [row_of_card(card, model, method) for card in CARDS for method in ("lora", "qlora", "full")]
+    of = [plan.USUAL_CARD] if model in IMAGE_TO_VIDEO else CARDS
+    return [row_of_card(card, model, method) for card in of for method in ("lora", "qlora", "full")]
 
 
 def row_of_card(card, model, method):
     """What a method needs at the model's native size, and where that does not leave TIGHT to spare, what does."""
-    asked, vram = cl.Config(method=method, model=NAMES[model], data="my_clips"), plan.CARDS[card][2]
+    asked, vram = cl.Config(method=method, model=(NAMES | IMAGE_TO_VIDEO)[model], data="my_clips"), plan.CARDS[card][2]
 
     def planned_with(**changes):
         return plan_of(**options_said(plan.changed(asked, **changes)))
@@ -449,7 +452,7 @@ def predicted_on(card, planned):
 def cards():
     """Rows for each card, model and method."""
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        rows = [row for of_model in pool.map(rows_of_cards, ("2b", "5b")) for row in of_model]
+        rows = [row for of_model in pool.map(rows_of_cards, ("2b", "5b", *IMAGE_TO_VIDEO)) for row in of_model]
     return sorted(rows, key=lambda row: CARDS.index(row["card"]))  # stable: model and method in order within a card
 
 

@@ -27,6 +27,11 @@ FAMILIES = {
     "5b": dict(use_rotary_positional_embeddings=True),
     "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
 }
+# The image-to-video models: the same, but for these.
+IMAGE_FAMILIES = {
+    "5b-i2v": dict(FAMILIES["5b"], in_channels=8, use_learned_positional_embeddings=True),
+    "1.5-i2v": dict(FAMILIES["1.5"], in_channels=8, ofs_embed_dim=8),
+}
 SCHEDULER = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type="v_prediction",
     rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
@@ -35,7 +40,8 @@ SCHEDULER = dict(
 
 def tiny_pipeline(folder, family):
     """A pipeline folder of the given family with random weights, 9 frames of 32x32, saved by diffusers itself."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     torch.manual_seed(0)
@@ -46,14 +52,19 @@ def tiny_pipeline(folder, family):
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        scaling_factor=1.15258426 if family == "2b" else 0.7,
+        scaling_factor=1.15258426 if family == "2b" else 0.7, invert_scale_latents=family == "1.5-i2v",
     )  # fmt: skip
-    transformer = CogVideoXTransformer3DModel(
+    shape = dict(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=12, **FAMILIES[family],
+        num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=12,
     )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(**{**shape, **(FAMILIES | IMAGE_FAMILIES)[family]})
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=3.0 if family == "2b" else 1.0)
-    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+    if family == "5b-i2v":  # such as training left them: not the sines that they began as
+        table = transformer.patch_embed.pos_embedding
+        transformer.patch_embed.pos_embedding = (table + 0.5 * torch.randn(table.shape)).float()
+    pipeline = diffusers.CogVideoXImageToVideoPipeline if family in IMAGE_FAMILIES else diffusers.CogVideoXPipeline
+    pipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
     return folder
 
 

@@ -14,12 +14,13 @@ import bench_gpu
 import pytest
 import torch
 from bench_24gb import flops as flops_on_paper
-from conftest import NANO, ROOT, tiny_pipeline
+from conftest import FAMILIES, IMAGE_FAMILIES, NANO, ROOT, tiny_pipeline
 
 import cogvideo_lite as cl
 import plan
 
 LARGE = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "zai-org/CogVideoX1.5-5B"}
+LARGE |= {"5b-i2v": "THUDM/CogVideoX-5b-I2V", "1.5-i2v": "THUDM/CogVideoX1.5-5B-I2V"}
 MIB = 2**20
 
 
@@ -51,16 +52,23 @@ def most_bytes(ledger, kind):
 
 @pytest.fixture(scope="module")
 def midsize(tmp_path_factory):
+    return midsize_pipeline(tmp_path_factory.mktemp("midsize"), "5b")
+
+
+def midsize_pipeline(folder, family):
     """A pipeline folder whose transformer is large enough for its tensors to be what counts: 8 heads x 64, 5 blocks."""
     from diffusers import CogVideoXTransformer3DModel
 
-    folder = tiny_pipeline(tmp_path_factory.mktemp("midsize"), "5b")
+    tiny_pipeline(folder, family)
     torch.manual_seed(0)
-    CogVideoXTransformer3DModel(
+    shape = dict(
         num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
         num_layers=5, sample_width=16, sample_height=16, sample_frames=9, max_text_seq_length=12,
-        use_rotary_positional_embeddings=True,
-    ).save_pretrained(folder / "transformer")  # fmt: skip
+    )  # fmt: skip
+    if family == "5b-i2v":  # at whose own size alone it works
+        shape |= dict(sample_width=32, sample_height=32, sample_frames=17)
+    transformer = CogVideoXTransformer3DModel(**{**shape, **(FAMILIES | IMAGE_FAMILIES)[family]})
+    transformer.save_pretrained(folder / "transformer")
     return folder
 
 
@@ -81,7 +89,8 @@ def test_the_published_models_are_known_without_network_and_weights(model, param
 def test_each_published_model_is_used_at_the_size_and_rate_that_its_card_names():
     bases = {model: plan.describe(name) for model, name in LARGE.items()}
     sizes = {model: (b.frames, *b.native, b.fps) for model, b in bases.items()}
-    assert sizes == {"2b": (49, 480, 720, 8), "5b": (49, 480, 720, 8), "1.5": (81, 768, 1360, 16)}
+    short, long = (49, 480, 720, 8), (81, 768, 1360, 16)
+    assert sizes == {"2b": short, "5b": short, "1.5": long, "5b-i2v": short, "1.5-i2v": long}
 
 
 def test_t5_xxl_has_the_parameters_that_its_card_names():
@@ -259,16 +268,21 @@ def of_model(model):
 
 
 def trainer_without_data(config, folder, prompts=1):
-    """A Trainer in float32, on one clip of noise."""
+    """A Trainer in float32, on one clip of noise, and for an image-to-video model one first frame."""
     from accelerate import Accelerator
 
     config, base, _ = cl.resolve(config)
     t, text = sum(base.latent_frames(config.frames)), base.transformer["text_embed_dim"]
     size = config.height // base.spatial, config.width // base.spatial
-    cl.save_tensor(folder / "clip.safetensors", "moments", torch.randn(2 * base.vae["latent_channels"], t, *size))
-    cl.save_tensor(folder / "prompt.safetensors", "prompt_embeds", torch.randn(base.text_length, text))
+    moments = torch.randn(2 * base.vae["latent_channels"], t, *size)
+    frame = torch.zeros(3, config.height, config.width, dtype=torch.uint8)
+    images = {"images": moments[None, :, 0], "first_frame": frame} if base.image_to_video else {}
+    cl.save_tensors(folder / "clip.safetensors", {"moments": moments, **images})
+    cl.save_tensors(folder / "prompt.safetensors", {"prompt_embeds": torch.randn(base.text_length, text)})
     pair = folder / "clip.safetensors", folder / "prompt.safetensors"
-    cache = cl.Cache([pair], [pair], pair[1], dict.fromkeys(map(str, range(prompts)), pair[1]))
+    validation = list(map(str, range(prompts)))
+    begun = dict.fromkeys(validation, pair[0]) if images else {}
+    cache = cl.Cache([pair], [pair], pair[1], dict.fromkeys(validation, pair[1]), images=begun)
     return cl.Trainer(dataclasses.replace(config, compute_dtype="float32"), base, cache, Accelerator(cpu=True))
 
 
@@ -282,14 +296,18 @@ CASES = {
     "midsize full": ("midsize", dict(method="full")),
     "midsize full, in backward, 8-bit": ("midsize", dict(method="full", optimizer="adamw8bit", fused_backward=True)),
     "midsize full, accumulating": ("midsize", dict(method="full", batch_size=2, micro_batch_size=1)),
+    "5b-i2v lora": ("5b-i2v", dict(method="lora")),
+    "1.5-i2v full": ("1.5-i2v", dict(method="full")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_real_steps_allocate_what_was_predicted(case, midsize, tmp_path):
     folder, fields = CASES[case]
-    if folder == "midsize":
-        folder, fields = midsize, dict(dict(frames=17, height=256, width=256, batch_size=1), **fields)
+    if folder != NANO:
+        folder = midsize if folder == "midsize" else midsize_pipeline(tmp_path / "model", folder)
+        height = 128 if "1.5" in case else 256  # at most, of the positions of such a 1.5
+        fields = dict(dict(frames=17, height=height, width=height, batch_size=1), **fields)
     config = cl.Config(model=str(folder), cache=str(tmp_path), **fields)
     resolved, base = plan.resolve_plan(config)
     rehearsed = plan.rehearse(resolved, base, base.transformer["num_layers"], card=False, sampling=False)
@@ -306,6 +324,7 @@ PHASES = {
     "tiny": dict(frames=17, height=128, width=256),
     "tiny, tiles": dict(frames=17, height=512, width=768),
     "tiny 1.5, tiles": dict(frames=33, height=256, width=384),
+    "tiny 1.5-i2v, tiles": dict(frames=9, height=512, width=768),
 }
 
 
@@ -315,11 +334,12 @@ def phase(tiny, monkeypatch, tmp_path):
 
     def resolved(case, **fields):
         monkeypatch.setattr(cl.Base, "large", case.endswith("tiles"))
-        folder = NANO if case == "nano" else tiny("1.5" if "1.5" in case else "5b")
+        family = next(family for family in ("1.5-i2v", "1.5", "5b") if family in f"{case} 5b")
+        folder = NANO if case == "nano" else tiny(family)
         if "1.5" in case:  # whose positions would else end at 32 pixels
             folder = shutil.copytree(folder, tmp_path / "larger")
             settings = json.loads((folder / "transformer/config.json").read_text())
-            settings |= dict(sample_height=64, sample_width=64)
+            settings |= dict(sample_height=96, sample_width=96)
             (folder / "transformer/config.json").write_text(json.dumps(settings))
         return plan.resolve_plan(cl.Config(model=str(folder), compute_dtype="float32", **PHASES[case], **fields))
 
@@ -333,7 +353,7 @@ def test_really_coding_a_clip_and_a_prompt_allocates_what_was_predicted(case, ph
     vae, text_encoder = (base.load(part, torch.float32) for part in ("vae", "text_encoder"))
     clip = torch.rand(1, 3, config.frames, config.height, config.width)
     if case.endswith("tiles"):
-        cl.tile_beyond_own_size(vae)
+        cl.tile(vae, 1)
     with torch.no_grad():
         coding = most_allocated([*of_model(vae), clip], lambda: vae.encode(clip))
         ids = torch.zeros(1, base.text_length, dtype=torch.long)
