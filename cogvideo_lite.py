@@ -107,7 +107,7 @@ class Config:
     height: int = option("pixels [the model's]", least=1)
     width: int = option("pixels [the model's]", least=1)
     fps: int = option("frames per second that clips are resampled to [8; 16 for CogVideoX1.5]", least=1)
-    validation_prompts: list = option("prompts sampled before and after [DATA/../prompts.json, else held-out captions]")
+    validation_prompts: list = option("prompts sampled before and after [DATA/../prompts.json, or held-out captions]")
     sample_every: int = option("draw samples every so many steps, too [before and after only]", least=1)
     sampling_steps: int = option("denoising steps of a sample", least=1)
     guidance_scale: float = option("classifier-free guidance of a sample", least=0)
@@ -626,7 +626,7 @@ def read_image(path, height, width):
             picture = np.array(ImageOps.exif_transpose(opened).convert("RGBA"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = f"{type(error).__name__}: it is missing, damaged, or no picture"
-        raise UserError(f"image '{path}': cannot be read ({reason}); give a PNG or JPEG with --image")
+        raise UserError(f"image '{path}': cannot be read ({reason}); give a PNG or JPEG")
     picture = on_white(torch.from_numpy(picture).float() / 255)
     return cover(picture, picture.shape[:2], height, width).permute(2, 0, 1)
 
@@ -765,7 +765,7 @@ def find_base(model, weights=True):
     try:
         files = ("model_index.json", "transformer/config.json", "vae/config.json")
         index, transformer, vae = (json.loads((folder / file).read_text("utf-8")) for file in files)
-    except (FileNotFoundError, ValueError) as error:  # no JSON, or no text
+    except (OSError, ValueError) as error:  # a part that is no folder; no JSON, or no text
         raise UserError(f"model '{model}': not a diffusers pipeline folder ({error})")
     for file, values in zip(files, (index, transformer, vae)):
         refuse_incomplete(model, file, values, READ[file.partition("/")[0]])
@@ -1055,18 +1055,17 @@ def split_clips(config):
     return train[: config.clips], heldout, told
 
 
-def validation_prompts(config, heldout):
-    """Prompts sampled before and after: those given, two of each set in prompts.json beside the data, or held-out
-    captions; the latter where a clip begins with a held-out clip's first frame. Returns prompt -> folder of the real
+def validation_prompts(config, heldout, image_to_video=False):
+    """Prompts sampled before and after: those given, two of each set in prompts.json beside the data (not of an
+    image-to-video model, since no frame goes with them), or held-out captions. Returns prompt -> folder of the real
     clips that its samples are compared with: that of the set's name beside prompts.json, if there is one, else the
     data."""
     data = resolve_path(config.data)
     file, folders = data.with_name("prompts.json"), {}
     if config.validation_prompts:
         return dict.fromkeys(config.validation_prompts, data)
-    in_sets = file.exists() and not find_base(config.model, weights=False).image_to_video
     try:
-        for name, prompts in json.loads(read_text(file)).items() if in_sets else ():
+        for name, prompts in json.loads(read_text(file)).items() if file.exists() and not image_to_video else ():
             if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts or [None]):
                 raise ValueError
             folder = data.with_name(name)
@@ -1094,7 +1093,7 @@ def cache_clips(config, device=None):
     dtype, _ = choose_compute_dtype(device, base, config.compute_dtype)
     train, heldout, _ = split_clips(config)
     prior = other_than(heldout, read_clips(config.prior, *clip_size(config))) if config.prior else []
-    folder, validation = cache_folder(config), validation_prompts(config, heldout)
+    folder, validation = cache_folder(config), validation_prompts(config, heldout, base.image_to_video)
     images = [f"{IMAGE_CODINGS} images"] * base.image_to_video
     settings = digest(base.fingerprint("vae"), *clip_size(config), dtype, "as a player shows it", *images)
     text_model = [base.fingerprint(part) for part in ("text_encoder", "tokenizer")]
@@ -1180,7 +1179,7 @@ def noisy_images(image, count, generator):
     """An image (C, H, W) in [-1, 1], `count` times, as image-to-video models are shown it in training: with noise of
     a strength exp(N(-3, 0.5)), one from each of so many equal parts of that distribution. (count, C, H, W)."""
     parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    strengths = torch.exp(-3 + 0.5 * torch.special.ndtri(parts))[:, None, None, None]
+    strengths = torch.exp(-3 + 0.5 * torch.special.ndtri(parts.clamp(1e-6, 1 - 1e-6)))[:, None, None, None]
     return image + strengths * torch.randn(count, *image.shape, generator=generator)
 
 
@@ -1699,15 +1698,17 @@ def sample(run_or_model, prompts, seed=0, images=None, **changes):
     run = Path(os.path.expanduser(run_or_model))
     is_run = (run / "config.json").exists() and not (run / "model_index.json").exists()
     config = load_run(run).config if is_run else Config(model=str(run_or_model))
-    config, base, _ = resolve(dataclasses.replace(config, resume=False, seed=seed, **changes))
+    base = find_base(config.model, weights=False)
+    config, _, _ = resolve(dataclasses.replace(config, resume=False, seed=seed, **changes), base)
     images = [images] if isinstance(images, (str, Path)) else list(images or [])
     images, model = images * len(prompts) if len(images) == 1 else images, f"model '{config.model}'"
     refuse(
-        (images and not base.image_to_video, f"--image: {model} makes clips of a text alone; leave it out"),
+        (images and not base.image_to_video, f"--image: {model} is text-to-video; give another, or leave it out"),
         (base.image_to_video and not images, f"{model}: its clips begin with a picture; give one with --image FILE"),
         (len(images) not in (0, len(prompts)), f"--image: {len(images)} for {len(prompts)} prompts; one, or one each"),
     )  # fmt: skip
     images = torch.stack([read_image(i, config.height, config.width) for i in images]) if images else None
+    base = find_base(config.model)  # downloads the weights of a Hub id, now that all else was found right
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_compute_dtype(device, base, changes.get("compute_dtype"))  # the run may be of another machine
@@ -2014,7 +2015,7 @@ def prepare(config):
     _ = read_clips(config.prior) if config.prior else []  # found wanting now, if at all
     folder = run_folder(config)
     _, heldout_clips, split = split_clips(config)
-    drawn, prompts = sampled_prompts(folder), validation_prompts(config, heldout_clips)
+    drawn, prompts = sampled_prompts(folder), validation_prompts(config, heldout_clips, base.image_to_video)
     words = "it has drawn samples of other prompts before training; give the same, or start a new run"
     refuse((drawn and list(drawn) != list(prompts), f"run '{folder}': {words}"))
     base = find_base(config.model)  # downloads the weights of a Hub id, now that all that is cheap was found right
@@ -2196,11 +2197,14 @@ def begin_folder(run, newest, done, images):
     # Without `resume` and `out`, so that --config repeats the run, in a folder of its own.
     write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(run.config, resume=False, out=None)))
     (folder / "samples").mkdir(exist_ok=True)
-    prompts = validation_prompts(run.config, split_clips(run.config)[1])
+    prompts = validation_prompts(run.config, split_clips(run.config)[1], bool(images))
     write_json(folder / "samples/prompts.json", {prompt: portable(real) for prompt, real in prompts.items()})
     for k, file in enumerate(images.values()):
-        frame = load_tensor(file, "first_frame").permute(1, 2, 0)
-        Image.fromarray(frame.numpy()).save(folder / f"samples/first-{k}.png")
+        frame, path = load_tensor(file, "first_frame").permute(1, 2, 0).numpy(), folder / f"samples/first-{k}.png"
+        other = path.exists() and not np.array_equal(np.array(Image.open(path)), frame)
+        words = "its samples before training began with another frame than held-out clips have now; start a new run"
+        refuse((other, f"run '{folder}': {words}"))
+        Image.fromarray(frame).save(path)
     run.metrics += [m for m in read_metrics(metrics) if m["step"] <= done]
     refuse((len(run.metrics) != done, f"'{metrics}': lacks lines of the {done} steps made; start a new run"))
     if metrics.exists():
@@ -2376,6 +2380,9 @@ def blend(run, share, out=None):
     quiet_libraries()
     base, prompts = find_base(config.model), sampled_prompts(run.folder)
     prompts = prompts or validation_prompts(config, split_clips(config)[1])  # an older run
+    images = [run.folder / f"samples/first-{k}.png" for k in range(len(prompts) * base.image_to_video)]
+    for image in images:
+        read_image(image, config.height, config.width)  # one that is gone is told before anything is written
     if config.method == "full":
         transformer = base.load("transformer", torch.float32)
         tuned = base.cls("transformer").from_pretrained(run.folder / "transformer", dtype=trained_dtype(config))
@@ -2395,7 +2402,6 @@ def blend(run, share, out=None):
     write_json(out / "samples/prompts.json", {prompt: portable(real) for prompt, real in prompts.items()})
     for file in (file for when in ("before", "again", "first") for file in run.folder.glob(f"samples/{when}-*.*")):
         shutil.copy(file, out / "samples")
-    images = [out / f"samples/first-{k}.png" for k in range(len(prompts) * base.image_to_video)]
     save_samples(out / "samples", "after", sample(out, prompts, seed=0, images=images), config.fps)
     return Run(out, config, summary, [])
 

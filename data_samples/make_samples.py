@@ -3,8 +3,10 @@
     python data_samples/make_samples.py clips     spider/ spider-heldout/ away/ style/ prompts.json (a minute)
     python data_samples/make_samples.py vae       cogvideox-nano/vae                                (over an hour)
     python data_samples/make_samples.py base      cogvideox-nano/{transformer,text_encoder,...}     (an hour and a half)
+    python data_samples/make_samples.py i2v       cogvideox-nano-i2v/transformer                    (under half an hour)
     python data_samples/make_samples.py check     quality of cogvideox-nano: sheets, and one JSON line, last
-    python data_samples/make_samples.py all       the four in this order
+    python data_samples/make_samples.py check-i2v what a first frame decides in cogvideox-nano-i2v, likewise
+    python data_samples/make_samples.py all       these in this order
 
 Each step resumes after a kill from its state under --work, shows a progress bar with the time left, and draws its
 randomness from fixed seeds. README.md beside this file says what came out and what was learned on the way.
@@ -700,21 +702,36 @@ BASE_CLIPS, BASE_STEPS, BASE_BATCH, BASE_LR, DECAY_FROM = 8000, 9000, 32, 1.5e-3
 CAPTION_DROPOUT, EMA, SUBJECT_WEIGHT = 0.1, 0.999, 3.0
 
 
+# Image-to-video: the base trains on, with input channels for a first frame whose weights are zero at first.
+# So that the frame decides what is shown, captions of some clips tell the motion alone, and others' all else wrongly.
+I2V_STEPS, I2V_RATE, I2V_EMA, MOTION_ALONE, WRONG = 3000, 0.5, 0.995, 0.4, 0.2
+IMAGE_DROPOUT, IMAGE_CODINGS = 0.05, 2
+
+
+def base_scenes():
+    every, _ = combinations()
+    rows = rows_in_turn(every + [row for row in every if row[0] == "spider"], BASE_CLIPS, 20)  # spiders are harder
+    return random_scenes(rows, 20).float()
+
+
 def base_latents(work, model):
-    """Base clips as the VAE codes them: dict of moments (N, T, 32, h, w) fp16, subject (N, T, h, w) bool, captions."""
-    path = work / f"base_latents_{BASE_CLIPS}.pt"
+    """Base clips as the VAE codes them: dict of moments fp16 (N, T, 32, h, w), those of the first frame, noised in
+    several ways, images fp16 (N, IMAGE_CODINGS, 32, h, w), subject bool (N, T, h, w), and captions."""
+    path = work / f"base_clips_{BASE_CLIPS}.pt"
     if not path.exists():
+        from cogvideo_lite import noisy_images
         from diffusers import AutoencoderKLCogVideoX
 
         vae = AutoencoderKLCogVideoX.from_pretrained(model / "vae").eval()
-        every, _ = combinations()
-        rows = rows_in_turn(every + [row for row in every if row[0] == "spider"], BASE_CLIPS, 20)  # spiders are harder
-        scenes = random_scenes(rows, 20).float()
-        moments, subject, mixed = [], [], autocast()
+        scenes = base_scenes()
+        moments, images, subject, mixed = [], [], [], autocast()
         for i in tqdm(range(0, BASE_CLIPS, 8), desc="draw and code base clips", unit_scale=8):
             video, mask, _ = render(scenes[range(i, min(i + 8, BASE_CLIPS))])
+            video, g = video.float().div(127.5).sub(1), torch.Generator().manual_seed(3_000_000 + i)
+            noisy = torch.cat([noisy_images(clip[0], IMAGE_CODINGS, g) for clip in video])
             with torch.no_grad(), mixed:
-                coded = vae.encode(video.float().div(127.5).sub(1).transpose(1, 2)).latent_dist.parameters
+                coded = vae.encode(video.transpose(1, 2)).latent_dist.parameters
+                images.append(vae.encode(noisy[:, :, None]).latent_dist.parameters[:, :, 0].half())
             moments.append(coded.transpose(1, 2).half())
             cells = F.max_pool2d(
                 mask.float(), 8
@@ -722,6 +739,7 @@ def base_latents(work, model):
             subject.append(torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (-1, 4)).any(2)], dim=1))
         state = {
             "moments": torch.cat(moments),
+            "images": torch.cat(images).unflatten(0, (-1, IMAGE_CODINGS)),
             "subject": torch.cat(subject),
             "captions": training_captions(scenes, 21),
         }
@@ -729,19 +747,48 @@ def base_latents(work, model):
     return torch.load(path)
 
 
-def train_base(work, model, heads=HEADS):
-    from diffusers import AutoencoderKLCogVideoX
+def captions_beside_a_frame(scenes):
+    """(captions that tell the motion alone, captions that tell it and another clip's creature, colour and ground)."""
+    other = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(22)).tolist()
+    told = zip((scenes.species[i] for i in other), (scenes.colour[i] for i in other), scenes.direction)
+    wrong = [caption(*row, scenes.ground[i]) for row, i in zip(told, other)]
+    return [f"a creature moving {direction}" for direction in scenes.direction], wrong
+
+
+def widened(transformer):
+    """A text-to-video transformer as an image-to-video one that does the same: it ignores the image as yet."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    channels = transformer.config.in_channels
+    wide = CogVideoXTransformer3DModel.from_config({**transformer.config, "in_channels": 2 * channels})
+    weights = transformer.state_dict()
+    proj = weights["patch_embed.proj.weight"]  # (width, C, patch, patch)
+    weights["patch_embed.proj.weight"] = torch.cat([proj, torch.zeros_like(proj)], dim=1)
+    wide.load_state_dict(weights)
+    return wide
+
+
+def train_base(work, model, heads=HEADS, began=None):
+    """began: folder of a text-to-video model that trains on as an image-to-video one [the base trains, from nothing]."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    data = base_latents(work, model)
-    tokenizer, scheduler = new_tokenizer(), new_scheduler()
+    data = base_latents(work, began or model)
     torch.manual_seed(1)
-    text_encoder, transformer = new_text_encoder(len(tokenizer)), new_transformer(heads=heads)
-    scaling = AutoencoderKLCogVideoX.load_config(model / "vae")["scaling_factor"]
-    ids = torch.tensor(
-        tokenizer(data["captions"], padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
+    if began:
+        pipe = CogVideoXPipeline.from_pretrained(began, dtype=torch.float32)
+        tokenizer, scheduler, text_encoder = pipe.tokenizer, pipe.scheduler, pipe.text_encoder.requires_grad_(False)
+        transformer, steps, rate, longest = widened(pipe.transformer), I2V_STEPS, I2V_RATE, I2V_EMA
+    else:
+        tokenizer, scheduler = new_tokenizer(), new_scheduler()
+        text_encoder, transformer = new_text_encoder(len(tokenizer)), new_transformer(heads=heads)
+        steps, rate, longest = BASE_STEPS, 1.0, EMA
+    scaling = AutoencoderKLCogVideoX.load_config((began or model) / "vae")["scaling_factor"]
+    coded = lambda texts: torch.tensor(  # noqa: E731
+        tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
     )
-    empty = torch.tensor(tokenizer("", padding="max_length", max_length=TEXT_LENGTH)["input_ids"])
+    ids, (empty,) = coded(data["captions"]), coded([""])
+    motions, wrong = map(coded, captions_beside_a_frame(base_scenes()))
     grid = SIZE // 16
     rotary = get_3d_rotary_pos_embed(64, ((0, 0), (grid, grid)), (grid, grid), FRAMES // 4 + 1)
     alpha_bar = scheduler.alphas_cumprod
@@ -750,8 +797,8 @@ def train_base(work, model, heads=HEADS):
     average = {name: p.detach().clone() for name, p in modules.named_parameters()}
     # Not the modulation: a third of the blocks' weights, whose orthogonalization would take as long as a forward.
     matrices = re.compile(r"transformer.transformer_blocks.\d+.(attn1|ff).*")
-    optimizers = muon_and_adamw(modules, 5e-3, BASE_LR, matrices.fullmatch)
-    name = "base" if heads == HEADS else f"base-{64 * heads}"
+    optimizers = muon_and_adamw(modules, 5e-3 * rate, BASE_LR * rate, matrices.fullmatch)
+    name = "i2v" if began else "base" if heads == HEADS else f"base-{64 * heads}"
     state_file, first = work / f"{name}.pt", 0
     if state_file.exists():
         state = torch.load(state_file)
@@ -763,45 +810,79 @@ def train_base(work, model, heads=HEADS):
 
     mixed = autocast()
 
-    def loss_of(tokens, noisy, t, target, weight):
+    def loss_of(tokens, seen, t, target, weight):
         with mixed:
-            out = transformer(noisy, text_encoder(tokens)[0], t, image_rotary_emb=rotary, return_dict=False)[0]
+            out = transformer(seen, text_encoder(tokens)[0], t, image_rotary_emb=rotary, return_dict=False)[0]
         return (weight * (out.float() - target) ** 2).mean()
 
     compiled = torch.compile(loss_of)
-    bar = tqdm(range(first, BASE_STEPS), initial=first, total=BASE_STEPS, desc="base")
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name)
     smooth = None
     for step in bar:
-        g = torch.Generator().manual_seed(2_000_000 + step)
+        g = torch.Generator().manual_seed((4_000_000 if began else 2_000_000) + step)
         index = torch.randint(BASE_CLIPS, (BASE_BATCH,), generator=g)
-        mean, logvar = data["moments"][index].float().chunk(2, dim=2)  # (B, T, 16, h, w)
-        latents = scaling * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn(mean.shape, generator=g))
-        noise = torch.randn(mean.shape, generator=g)
+        draw = lambda moments: gaussian(moments.float(), g, dim=2) * scaling  # noqa: E731
+        latents = draw(data["moments"][index])  # (B, T, 16, h, w)
+        noise = torch.randn(latents.shape, generator=g)
         # One timestep from each of B equal strata: uniform over 0..999, with less variance than independent draws.
         t = ((torch.arange(BASE_BATCH) + torch.rand(BASE_BATCH, generator=g)) * (1000 / BASE_BATCH)).long()
         a, b = (c.float()[:, None, None, None, None] for c in (alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()))
         tokens = torch.where(torch.rand(BASE_BATCH, 1, generator=g) < CAPTION_DROPOUT, empty, ids[index])
         weight = 1 + (SUBJECT_WEIGHT - 1) * data["subject"][index][:, :, None].float()
-        set_lr(optimizers, min(1.0, (step + 1) / 300, (1 - step / BASE_STEPS) / (1 - DECAY_FROM)))
-        loss = compiled(tokens, a * latents + b * noise, t, a * noise - b * latents, weight / weight.mean())
+        seen = a * latents + b * noise
+        if began:
+            lot = torch.rand(BASE_BATCH, 1, generator=g)
+            tokens = torch.where(lot < MOTION_ALONE, motions[index], tokens)
+            tokens = torch.where(lot > 1 - WRONG, wrong[index], tokens)
+            coding = torch.randint(IMAGE_CODINGS, (BASE_BATCH,), generator=g)
+            kept = torch.rand(BASE_BATCH, 1, 1, 1, 1, generator=g) >= IMAGE_DROPOUT
+            image = torch.zeros_like(latents)  # the first frame in its place, and nothing in those after it
+            image[:, :1] = kept * draw(data["images"][index, coding][:, None])
+            seen = torch.cat([seen, image], dim=2)
+        set_lr(optimizers, min(1.0, (step + 1) / 300, (1 - step / steps) / (1 - DECAY_FROM)))
+        loss = compiled(tokens, seen, t, a * noise - b * latents, weight / weight.mean())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         modules.zero_grad()
-        decay = min(EMA, (1 + step) / (10 + step))
+        decay = min(longest, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(modules.parameters()), 1 - decay)
         smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}", grad=f"{norm:.2f}")
-        if (step + 1) % 250 == 0 or step + 1 == BASE_STEPS:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"modules": modules.state_dict(), "average": average, "step": step + 1}
             atomic_save(state | {"optimizers": [o.state_dict() for o in optimizers]}, state_file)
             with open(work / f"{name}_loss.jsonl", "a") as log:
                 log.write(json.dumps({"step": step + 1, "loss": round(smooth, 5)}) + "\n")
     modules.load_state_dict(average, strict=False)
-    save_base(transformer, text_encoder, tokenizer, scheduler, model)
+    if began:
+        save_i2v(transformer, began, model)
+    else:
+        save_base(transformer, text_encoder, tokenizer, scheduler, model)
+
+
+def gaussian(moments, generator, dim):
+    """A draw from the VAE's posterior, whose mean and log-variance lie side by side along a dimension."""
+    mean, logvar = moments.chunk(2, dim=dim)
+    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn(mean.shape, generator=generator)
+
+
+def save_i2v(transformer, began, model):
+    """Write the pipeline folder: the transformer, in half precision, and links to the other parts, which stay the base's."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+    transformer.half().save_pretrained(model / "transformer")
+    base = CogVideoXPipeline.from_pretrained(began, dtype=torch.float16)
+    parts = {name: part for name, part in base.components.items() if name != "transformer"}
+    index = CogVideoXImageToVideoPipeline(transformer=transformer, **parts)
+    index.save_config(model)  # model_index.json
+    for part in parts:
+        (model / part).unlink(missing_ok=True)
+        (model / part).symlink_to(Path(os.path.relpath(began / part, model)))
+    print(f"i2v: saved to {model}")
 
 
 def save_base(transformer, text_encoder, tokenizer, scheduler, model):
@@ -1177,16 +1258,18 @@ def round_trip(vae, video):
     return torch.cat(out)
 
 
-def generate(pipe, prompts, seed, **options):
-    """One clip a prompt by the stock pipeline, in batches of 16, seeds counting up: (N, F, 3, H, W) in [0, 1]."""
+def generate(pipe, prompts, seed, images=None, **options):
+    """One clip a prompt by the stock pipeline, in batches of 16, seeds counting up: (N, F, 3, H, W) in [0, 1]. images: the
+    first frames (N, 3, H, W) of an image-to-video model's."""
     pipe.set_progress_bar_config(disable=True)
     batches = [range(i, min(i + 16, len(prompts))) for i in range(0, len(prompts), 16)]
     out = []
     for batch in tqdm(batches, desc=f"generate {len(prompts)} clips"):
         out.append(
             pipe(
-                [prompts[i] for i in batch], num_frames=FRAMES, height=SIZE, width=SIZE,
+                prompt=[prompts[i] for i in batch], num_frames=FRAMES, height=SIZE, width=SIZE,
                 guidance_scale=GUIDANCE, num_inference_steps=SAMPLING_STEPS, output_type="pt",
+                **({} if images is None else {"image": images[batch.start : batch.stop]}),
                 generator=[torch.Generator().manual_seed(seed + i) for i in batch], **options,
             ).frames
         )  # fmt: skip
@@ -1267,9 +1350,56 @@ def check(model, work, clips=CHECK_CLIPS, clips_at_226=CHECK_CLIPS_AT_226):
     return figures
 
 
+def check_i2v(model, work, clips=32, seeds=3):
+    """What decides what a clip of an image-to-video model shows: its first frame, or its prompt.
+
+    First frames are those of clips of captions that training left out, each drawn from `seeds` seeds with its own caption,
+    with one that tells the motion alone, with one of another creature, colour and ground, and with one that tells the
+    motion alone and turns it round. Of each part, the share of clips that show the frame's, and where the caption says
+    something else, the caption's. Prints one JSON line, last, and returns its dict.
+    """
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained(model, dtype=torch.float32)
+    rows = rows_in_turn(combinations()[1], clips, CHECK_SEED + 1)
+    video, _, _ = render(random_scenes(rows, CHECK_SEED + 1))
+    video = video.float() / 255
+    turned = lambda value, words: words[(words.index(value) + len(words) // 2) % len(words)]  # noqa: E731
+    others = [
+        (turned(c, list(CREATURES)), turned(k, list(COLOURS)), d, turned(g, list(GROUNDS))) for c, k, d, g in rows
+    ]
+    captions = {
+        "own caption": [caption(*row) for row in rows],
+        "motion alone": [f"a creature moving {row[2]}" for row in rows],
+        "another caption": [caption(*row) for row in others],
+        "turned round": [f"a creature moving {turned(row[2], list(DIRECTIONS))}" for row in rows],
+    }
+    told = {"another caption": others, "turned round": [(*r[:2], turned(r[2], list(DIRECTIONS)), r[3]) for r in rows]}
+    length, figures, sheet = pipe.transformer.config.max_text_seq_length, {}, []
+    for name, prompts in captions.items():
+        drawn = [
+            generate(pipe, prompts, CHECK_SEED + 1000 * k, images=video[:, 0], max_sequence_length=length)
+            for k in range(seeds)
+        ]
+        read = [reading.parts() for reading in truth_report(torch.cat(drawn))]
+        sheet.append(drawn[0])
+        for whose, wanted in (("frame's", rows), *([("caption's", told[name])] if name in told else [])):
+            shown = [[a == b for a, b in zip(found, row)] for found, row in zip(read, wanted * seeds)]
+            shares = torch.tensor(shown).double().unflatten(0, (seeds, -1)).mean(1)  # (seeds, parts)
+            for part, share in zip(CAPTION_PARTS, shares.T):
+                figures[f"{name}: {whose} {part}"] = [round(float(share.mean()), 3), round(float(share.std()), 3)]
+        first = [psnr(d[:, 0], video[:, 0]) for d in drawn]
+        figures[f"{name}: psnr_db of the first frame"] = round(sum(first) / seeds, 1)
+    labels = [f"{p} ({name})" for k in range(6) for name, p in zip(captions, (of[k] for of in captions.values()))]
+    save_sheet([of[k] for k in range(6) for of in sheet], labels, work / "check_i2v.png")
+    figures |= {"clips": clips, "seeds": seeds, "guidance": GUIDANCE, "sampling_steps": SAMPLING_STEPS}
+    print(json.dumps(figures))
+    return figures
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["clips", "vae", "base", "check", "all"])
+    parser.add_argument("step", choices=["clips", "vae", "base", "i2v", "check", "check-i2v", "all"])
     parser.add_argument(
         "--model", type=Path, default=HERE / "cogvideox-nano", help="pipeline folder to write and check"
     )
@@ -1288,8 +1418,12 @@ def main(argv=None):
         if not (args.model / "vae").exists():  # another base for the bundled VAE
             shutil.copytree(HERE / "cogvideox-nano/vae", args.model / "vae")
         train_base(args.work, args.model, args.heads)
+    if args.step in ("i2v", "all"):
+        train_base(args.work, args.model.with_name(args.model.name + "-i2v"), began=args.model)
     if args.step in ("check", "all"):
         check(args.model, args.work)
+    if args.step in ("check-i2v", "all"):
+        check_i2v(args.model.with_name(args.model.name + "-i2v"), args.work)
 
 
 if __name__ == "__main__":

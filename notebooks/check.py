@@ -247,6 +247,11 @@ def is_black(look):
     return bool(look.pictures) and max(int(picture.max()) for picture in look.pictures) < 40
 
 
+def begins_blank(look):
+    """Whether its first picture is of one colour, as where a film fades in."""
+    return bool(look.pictures) and float(look.pictures[0].std(axis=(0, 1)).max()) < 4 and not is_black(look)
+
+
 def is_still(look):
     """Whether its three pictures are the same, but for what coding changes."""
     first, *others = look.pictures or [None]
@@ -436,6 +441,10 @@ def harms_of_pictures(report):
     if black:
         text, remedy = "is are|black in first, middle and last frame", "drop them, or cut out what is to be seen"
         yield harm(TEACHES_WRONG, black, 1, text, remedy)
+    blank = [look for look in used if report.image_to_video and begins_blank(look)]
+    if blank:
+        text = "is are|blank in the first frame, which this model goes on from"
+        yield harm(TEACHES_WRONG, blank, 1, text, "cut the fade off: ffmpeg -ss SECONDS -i IN OUT")
     still = [look for look in used if is_still(look) and look not in black]
     if still:
         text = "does do|not move: first, middle and last frame are the same"
@@ -560,6 +569,7 @@ class Report:
     refused: str = ""  # why a run will not start, whatever the clips are
     without_tokens: str = ""  # why caption tokens are not counted
     unseen: int = 0  # clips that there was no time for
+    image_to_video: bool = False  # a model that is given the first frame
     alike: list = field(default_factory=list)  # pairs of Look
     seconds: float = 0
 
@@ -610,7 +620,7 @@ def check(config, decode=True, download=True, limit_s=math.inf):
     begun = time.perf_counter()
     config, base = resolved(config)
     sides, split, refused = sides_of(config)
-    report = Report(config, [], split, base.text_length, refused)
+    report = Report(config, [], split, base.text_length, refused, image_to_video=base.image_to_video)
     tokenizer, report.without_tokens = tokenizer_of(config.model, download)
     begun_looking = time.perf_counter()
     for clip, side in sides.items():

@@ -36,10 +36,12 @@ def compare(runs, out=None):
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
     bases = list(dict.fromkeys(run.config.model for run in runs))
-    prompts = {}  # prompt -> a cell for each base, then one for each run
+    prompts = {}  # prompt, and the first frame of an image-to-video model -> a cell for each base, then one for each run
     for column, (name, run) in enumerate(zip(names, runs)):
         for k, row in enumerate(judged_rows(run.folder)):
-            cells = prompts.setdefault(row["prompt"], [None] * (len(bases) + len(runs)))
+            frame = run.folder / f"samples/first-{k}.png"
+            key = row["prompt"], frame.read_bytes() if frame.exists() else b""
+            cells = prompts.setdefault(key, [None] * (len(bases) + len(runs)))
             base, own = bases.index(run.config.model), len(bases) + column
             cells[base] = cells[base] or cell_of(run.folder, k, row, "before", f"before ({name})")
             cells[own] = cell_of(run.folder, k, row, "after", name)
@@ -165,9 +167,13 @@ def comparison_page(names, tables, prompts, svg):
     def listed(values):
         return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
+    def picture(frame):
+        data = base64.b64encode(frame).decode()
+        return f'<img alt="the first frame" src="data:image/png;base64,{data}">' * bool(frame)
+
     rows = "".join(
-        f"<h3>{escape(prompt)}</h3><div class=row>{''.join(map(clip, cells))}</div>"
-        for prompt, cells in prompts.items()
+        f"<h3>{escape(prompt)} {picture(frame)}</h3><div class=row>{''.join(map(clip, cells))}</div>"
+        for (prompt, frame), cells in prompts.items()
     )
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>{escape(", ".join(names))}</title>
@@ -175,7 +181,7 @@ def comparison_page(names, tables, prompts, svg):
 body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; color: #1b1b1b; background: #fff }}
 table {{ border-collapse: collapse; margin: .6rem 0 }} td, th {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left }}
 .row {{ display: flex; gap: 1rem; flex-wrap: wrap }} .clip {{ width: 15rem }} .name {{ font-weight: 600; overflow-wrap: anywhere }}
-video {{ width: 100%; image-rendering: pixelated; background: #eee }} .told {{ font-size: 12px; color: #444 }}
+video {{ width: 100%; image-rendering: pixelated; background: #eee }} h3 img {{ height: 4rem; vertical-align: middle }} .told {{ font-size: 12px; color: #444 }}
 .bar {{ position: sticky; top: 0; background: #fff; padding: .5rem 0; z-index: 1; border-bottom: 1px solid #ddd }}
 svg {{ max-width: 100%; height: auto }} h3 {{ margin: 1.2rem 0 .4rem }}
 </style>

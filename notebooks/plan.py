@@ -846,7 +846,8 @@ def rehearse_decoding(config, base, card):
         take_memory(ledger, vae)
         ledger.begin("sampling")
         size = config.height // base.spatial, config.width // base.spatial
-        shape = base.sampled_at_once, sum(base.latent_frames(config.frames)), base.vae["latent_channels"], *size
+        frames = base.latent_frames(config.frames)[0]  # without the padding of CogVideoX1.5
+        shape = base.sampled_at_once, frames, base.vae["latent_channels"], *size
         if base.image_to_video:
             if base.large:
                 cl.tile(vae, 1)

@@ -305,6 +305,15 @@ def test_black_clips_still_clips_and_bars(tmp_path):
     assert re.search(r"(4[7-9]|5[0-3]) % of the picture \('bars.mp4'\)", told) and "crop=" in remedy
 
 
+def test_a_clip_that_fades_in_harms_an_image_to_video_model_alone(tmp_path, tiny):
+    fine(tmp_path, 12)
+    black = [np.zeros((64, 64, 3), np.uint8)]
+    write(captioned(tmp_path / "fades.mp4"), black * 2 + small(30))
+    found = {family: check.check(cl.Config(model=str(tiny(family)), data=str(tmp_path), fps=8)).harms for family in ("1.5", "1.5-i2v")}
+    told = {family: [h for h in harms if "blank in the first frame" in h.text] for family, harms in found.items()}
+    assert not told["1.5"] and "'fades.mp4'" in told["1.5-i2v"][0].text and "-ss" in told["1.5-i2v"][0].remedy
+
+
 def test_of_long_clips_only_the_start_is_read(tmp_path):
     fine(tmp_path)
     write(captioned(tmp_path / "long.mp4"), small(60))

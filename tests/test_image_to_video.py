@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_FAMILIES, ROOT, SPIDER
+from conftest import IMAGE_FAMILIES, NANO, ROOT, SPIDER
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageOps
@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import cogvideo_lite as cl
+import judge
+import make_samples
 import plan
 
 CALL = dict(num_frames=9, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, max_sequence_length=12)
@@ -113,6 +115,11 @@ def test_strengths_of_the_images_noise_are_those_of_the_reference():
     assert abs(float(torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max())) < 0.1
 
 
+def alike(a, b):
+    """The least p of 64 numbers that two sets of latents are drawn alike, times 64."""
+    return 64 * min(stats.ks_2samp(x, y).pvalue for x, y in zip(a.flatten(1).T, b.flatten(1).T))
+
+
 def test_cached_images_have_the_distribution_of_images_that_are_noised_anew(samples, tmp_path):
     """A frame coded under 48 names gives 384 codings; as many are made as the reference trainers do, one at a time."""
     s = samples("5b-i2v")
@@ -123,17 +130,21 @@ def test_cached_images_have_the_distribution_of_images_that_are_noised_anew(samp
     shown = [s.condition(file, draw(8 * n + k), 1)["image"][0] for n, file in enumerate(files.values()) for k in range(8)]
     cached = torch.stack(shown)
 
-    frame, anew = 2 * clip.video[0] - 1, []
+    frame, anew, means = 2 * clip.video[0] - 1, [], []
     for k in range(384):
         generator = torch.Generator().manual_seed(k)
         strength = torch.exp(torch.normal(-3.0, 0.5, (1,), generator=generator))
         noisy = frame + strength * torch.randn(frame.shape, generator=generator)
         with torch.no_grad():
-            anew.append(0.7 * vae.encode(noisy[None, :, None]).latent_dist.sample(generator)[0, :, 0])
-    anew = torch.stack(anew)
+            posterior = vae.encode(noisy[None, :, None]).latent_dist
+        anew.append(0.7 * posterior.sample(generator)[0, :, 0])
+        means.append(0.7 * posterior.mean[0, :, 0])
     assert len({tuple(x.flatten().tolist()) for x in cached}) > 300  # each draws its own latent
-    p = [stats.ks_2samp(a, b).pvalue for a, b in zip(cached.flatten(1).T, anew.flatten(1).T)]
-    assert min(p) > 1e-4 and stats.kstest(p, "uniform").pvalue > 1e-4  # 64 numbers, of which neighbours go together
+    assert alike(cached, torch.stack(anew)) > 1e-4
+    # The posterior of such a VAE is wide, and would hide noise in pixels; its means do not.
+    coded = torch.cat([0.7 * cl.load_tensor(file, "images")[:, :4] for file in files.values()])
+    assert alike(coded, torch.stack(means)) > 1e-4 > alike(coded, torch.stack([means[0]] * 384))
+    assert alike(coded, coded.mean(0) + 2 * (coded - coded.mean(0))) < 1e-4  # noise twice as strong is told, too
 
 
 def test_the_cache_holds_the_frame_and_its_codings_and_stays_apart_from_a_text_models(quick, tiny):
@@ -160,7 +171,7 @@ def test_draws_of_the_image_change_none_of_the_others(samples, quick):
     text, image = cl.Samples(config, base, cl.cache_clips(config), 1000), samples("5b-i2v")
     for n in range(4):
         a, b = text.training(n), image.training(n)
-        assert set(b) - set(a) == {"image"} and all(torch.equal(a[k], b[k]) for k in ("noise", "timesteps"))
+        assert set(b) - set(a) == {"image"} and all(torch.equal(a[k], b[k]) for k in ("latents", "noise", "timesteps"))
 
 
 # -------------------------------------------------------------------------------------------------------- the whole path
@@ -258,6 +269,49 @@ def test_a_blend_begins_with_the_frames_of_its_run(quick):
     assert (a - b).abs().mean() < 0.02 < (a - cl.read_video(run.folder / "samples/before-0.mp4")).abs().mean()
 
 
+def test_a_run_does_not_go_on_with_other_first_frames(quick, clips):
+    run = cl.train(quick("5b-i2v", steps=2))
+    rows = (clips / "metadata.jsonl").read_text().splitlines()
+    (clips / "metadata.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # the held-out clip is the last
+    with pytest.raises(cl.UserError, match="its samples before training began with another frame"):
+        cl.train(quick("5b-i2v", resume=True))
+    assert run.folder.exists()
+
+
+@both
+def test_runs_are_judged_and_compared_frame_by_frame(quick, clips, tmp_path, family):
+    """With clips of other things, samples on the way, and the critic; in bf16, too."""
+    fields = dict(prior=str(clips), sample_every=2, compute_dtype="bfloat16")
+    one, other = (cl.train(quick(family, seed=seed, out=str(tmp_path / f"{seed}"), **fields)) for seed in (0, 1))
+    assert all(m["strangeness"] > 0 for m in one.metrics if m["step"] in (2, 4))
+    for run in (one, other):
+        assert "strangeness" in judge.judge(run.folder).summary
+    text = cl.load_instrument("compare").compare([one.folder, other.folder], tmp_path / "page.html").read_text()
+    assert text.count("<h3>a red spider <img") == 1 and text.count("<video") == 3  # one base, two runs
+    Image.new("RGB", (32, 32)).save(other.folder / "samples/first-0.png")
+    text = cl.load_instrument("compare").compare([one.folder, other.folder], tmp_path / "page.html").read_text()
+    assert text.count("<h3>a red spider <img") == 2 and text.count("<video") == 4  # other frames are other samples
+
+
+def test_a_large_models_frame_is_coded_as_it_was_for_training(quick, tiny, monkeypatch, tmp_path):
+    """Whole, as clips up to the VAE's own size are; not in the tiles of half its sides in which clips are decoded."""
+    model = shutil.copytree(tiny("5b-i2v"), tmp_path / "model")
+    settings = json.loads((model / "vae/config.json").read_text()) | dict(sample_height=40, sample_width=40)
+    (model / "vae/config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(cl.Base, "large", True)
+    base, coded = cl.find_base(str(model)), []
+    pipe = cl.sampling_pipeline(base, base.load("transformer", torch.float32), torch.float32, torch.device("cpu"), "")
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: coded.append(encode(x)) or coded[-1])
+    config, image = cl.resolve(quick(model=str(model)))[0], torch.rand(2, 3, 32, 32)
+    cl.generate(pipe, base, torch.zeros(2, 12, 16), torch.zeros(12, 16), config, 0, image)  # of the second, too
+    vae = base.load("vae", torch.float32)
+    whole = [vae.encode(2 * one[None, :, None] - 1).latent_dist.mean for one in image]
+    assert all(torch.equal(found.latent_dist.mean, expected) for found, expected in zip(coded, whole, strict=True))
+    cl.tile(vae, 2)
+    assert not torch.equal(vae.encode(2 * image[:1, :, None] - 1).latent_dist.mean, whole[0])
+
+
 @both
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_code_of_a_runs_card_runs_as_it_stands(quick, method, family, monkeypatch):
@@ -280,6 +334,43 @@ def test_from_the_command_line_on_a_picture_that_is_no_clips(quick, pictures, tm
     assert [cl.read_video(file).shape for file in files] == [(9, 3, 32, 32)] * 2
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "give one with --image FILE" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the bundled model
+
+BUNDLED = ROOT / "data_samples/cogvideox-nano-i2v"
+
+
+def test_the_bundled_model_costs_little_and_shares_the_bases_other_parts():
+    own = [path for path in BUNDLED.rglob("*") if path.is_file() and path.resolve().is_relative_to(BUNDLED)]
+    assert sum(path.stat().st_size for path in own) < 14e6
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        assert (BUNDLED / part).is_dir() and (BUNDLED / part).resolve() == (NANO / part).resolve()
+
+
+def test_it_began_as_its_base_whatever_the_image():
+    base = cl.find_base(str(NANO)).load("transformer", torch.float32)
+    wide = make_samples.widened(base).eval()
+    text, t = torch.randn(1, 16, 64), torch.tensor([500])
+    noisy, image = torch.randn(1, 5, 16, 8, 8), torch.randn(1, 5, 16, 8, 8)
+    rotary = cl.rotary_embedding(cl.find_base(str(NANO)), base, 17, 64, 64, "cpu")
+    with torch.no_grad():
+        ours = wide(torch.cat([noisy, image], dim=2), text, t, image_rotary_emb=rotary).sample
+        torch.testing.assert_close(ours, base(noisy, text, t, image_rotary_emb=rotary).sample, atol=1e-5, rtol=0)
+
+
+def test_the_first_frame_decides_what_a_clip_shows_even_under_a_wrong_caption(tmp_path):
+    """Read from the pixels, which know no prompt."""
+    rows = [("fish", "blue", "right", "water"), ("beetle", "red", "up", "snow")]
+    video = make_samples.render(make_samples.random_scenes(rows, 5))[0]
+    for k, clip in enumerate(video):
+        Image.fromarray(clip[0].permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
+    wrong = ["a green spider moving right over grass", "a yellow snake moving up over stone"]
+    drawn = cl.sample(BUNDLED, wrong, images=[tmp_path / "0.png", tmp_path / "1.png"])
+    for row, clip, real in zip(rows, drawn, video):
+        creature, colour, direction, ground = make_samples.read_clip(clip).parts()
+        assert (creature, colour, direction, ground) == row
+        assert make_samples.psnr(clip[0], real[0].float() / 255) > 22
 
 
 # ---------------------------------------------------------------------------------------------------- pictures, refusals
@@ -334,7 +425,7 @@ def test_a_model_with_learned_positions_is_trained_at_its_own_size_alone(quick):
     "family, images, message",
     [
         ("5b-i2v", None, "its clips begin with a picture; give one with --image FILE"),
-        ("5b", ["a.png"], "--image: model .* makes clips of a text alone; leave it out"),
+        ("5b", ["a.png"], "--image: model .* is text-to-video; give another, or leave it out"),
         ("5b-i2v", ["a.png"] * 3, "--image: 3 for 2 prompts; one, or one each"),
     ],
 )
@@ -359,12 +450,13 @@ def test_a_pipeline_of_other_channels_is_refused(tiny, tmp_path, pipeline, chann
 
 def test_the_published_models_are_planned_with_the_parameters_that_they_have():
     counts = {}
-    for name in ("CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B-I2V"):
+    for name in ("CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V"):
         with torch.device("meta"):
             model = CogVideoXTransformer3DModel.from_config(plan.describe(f"THUDM/{name}").transformer)
         counts[name] = sum(t.numel() for t in model.state_dict().values())
     assert counts["CogVideoX-5b"] == 5_570_283_072
     assert counts["CogVideoX-5b-I2V"] == 5_625_087_552  # the Hub's own count, learned positions included
-    assert counts["CogVideoX1.5-5B-I2V"] > counts["CogVideoX-5b"]
+    # Beside 1.5: input channels of the picture in patches of 2x2x2, and two layers of width 512 for the constant.
+    assert counts["CogVideoX1.5-5B-I2V"] == counts["CogVideoX1.5-5B"] + 16 * 8 * 3072 + 2 * (512 * 512 + 512)
     assert plan.describe("THUDM/CogVideoX-5b-I2V").native == (480, 720)
     assert plan.describe("zai-org/CogVideoX1.5-5B-I2V").native == (768, 1360)

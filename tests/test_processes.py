@@ -58,6 +58,7 @@ CASES = {
     "full, bf16 in 8 bits": dict(method="full", optimizer="adamw8bit", trained_dtype="bfloat16", ema=0.9, l2_to_base=1.0,
                                  micro_batch_size=1),
     "full, image-to-video": dict(method="full", model="5b-i2v"),  # with learned positions, which are no parameters
+    "lora, image-to-video": dict(method="lora", model="1.5-i2v"),
 }  # fmt: skip
 # Of the way from the base: in bf16 gradients are rounded, too, in fp16 sums of others.
 TOLERANCE = {"lora in fp16": 0.02, "full, bf16": 0.05, "full, bf16 in 8 bits": 0.15}
