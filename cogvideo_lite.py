@@ -200,11 +200,12 @@ def resolve(config, base=None, processes=None):
         values = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items())
         sources = "; ".join(f"{k}: {reason}" for k, reason in source.items() if k in taken)
         reasons.append(("recipe", f"{values} ({sources})" if sources else values))
-    own = dict(frames=base.frames, height=base.native[0], width=base.native[1])
-    learned = base.transformer.get("use_learned_positional_embeddings")  # of CogVideoX-5b-I2V: there are no others
-    wrong = next((name for name, value in own.items() if learned and getattr(config, name) != value), None)
-    words = f"this model has learned its positions, for {'x'.join(map(str, own.values()))} alone"
-    refuse((wrong, f"{flag(wrong or '')} {getattr(config, wrong or 'frames')}: must be {own.get(wrong)}: {words}"))
+    if base.transformer.get("use_learned_positional_embeddings"):  # CogVideoX-5b-I2V's: there are no others
+        size = dict(frames=base.frames, height=base.native[0], width=base.native[1])
+        alone = f"this model has learned its positions, for {'x'.join(map(str, size.values()))} alone"
+        for name, own in size.items():
+            value = getattr(config, name)
+            refuse((value != own, f"--{name} {value}: must be {own}: {alone}"))
     cell, micro = base.spatial * base.patch, config.micro_batch_size or config.batch_size
     for name in ("height", "width"):
         value, most = getattr(config, name), base.spatial * base.transformer[f"sample_{name}"]
@@ -1319,8 +1320,8 @@ class Samples:
         draw = functools.partial(keyed_generator, "held-out", step=t, sample=index)
         return self.sample(files, torch.tensor(t), draw)
 
-    def drawn(self, latents, prompt, image, t):
-        """A clip that a model drew, at a timestep under noise that is the same for all of them."""
+    def drawn(self, latents, prompt, t, image=None):
+        """A clip that a model drew of a prompt, and of an image, at a timestep under noise that is the same for all."""
         draw, embeds = functools.partial(keyed_generator, "drawn", step=t), load_tensor(prompt, "prompt_embeds")
         noise, more = torch.randn(latents.shape, generator=draw("noise")), self.condition(image, draw, len(latents))
         return {"latents": latents, "noise": noise, "timesteps": torch.tensor(t), "prompt_embeds": embeds, **more}
@@ -1925,9 +1926,10 @@ class Trainer:
         """The base's loss on sets of samples, each clip under its own prompt: a list for each set. It says how strange
         they are to it. The weights must be the base's."""
         prompts = [(file, self.cache.images.get(prompt)) for prompt, file in self.cache.prompts.items()]
+        drawn = self.samples.drawn
         for when in sets:
             latents = load_tensor(folder / f"samples/{when}.safetensors", "latents")  # (K, T, C, h, w)
-            at = [functools.partial(self.samples.drawn, clip, *files) for clip, files in zip(latents, prompts)]
+            at = [functools.partial(drawn, *of, image=image) for *of, image in zip(latents, *zip(*prompts))]
             yield self.losses_at(CRITIC_TIMESTEPS, at).mean(1).tolist()
 
     def look(self, folder, step):

@@ -54,6 +54,7 @@ import tables  # noqa: E402
 
 NAMES = {"2b": "THUDM/CogVideoX-2b", "5b": "THUDM/CogVideoX-5b", "1.5": "THUDM/CogVideoX1.5-5B"}
 IMAGE_TO_VIDEO = {"5b-i2v": "THUDM/CogVideoX-5b-I2V", "1.5-i2v": "THUDM/CogVideoX1.5-5B-I2V"}
+ALL = NAMES | IMAGE_TO_VIDEO
 USUAL = {12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 48: "RTX A6000", 80: "H100"}  # GB -> a card of so many
 CARDS = ["RTX 3060", "RTX 4080", "RTX 3090", "RTX 4090", "RTX A6000", "A100 80GB", "H100"]
 CAPACITY = {gb: plan.CARDS[card][2] for gb, card in USUAL.items()}  # -> GiB that torch finds on one
@@ -95,7 +96,7 @@ def foreign_run(row):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import T5Config, T5EncoderModel
 
-    base = plan.describe(NAMES[row["model"]])
+    base = plan.describe(ALL[row["model"]])
     batch, frames, height, width = (int(row[k]) for k in ("batch", "frames", "height", "width"))
     half = torch.float16 if row["weights_dtype"] == "fp16" else torch.bfloat16
     lora = row["method"] == "lora"
@@ -178,7 +179,9 @@ def foreign_loss(transformer, base, rotary, batch, frames, height, width, half):
     noisy = a * clean + b * noise
     prompts = torch.empty(batch, base.text_length, 4096, dtype=half)
     with torch.autocast("cpu", dtype=half):
-        velocity = transformer(noisy, prompts, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        seen = torch.cat([noisy, torch.zeros_like(noisy)], dim=2) if base.image_to_video else noisy
+        ofs = torch.full((1,), 2.0)
+        velocity = transformer(seen, prompts, timesteps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
     predicted = a * noisy - b * velocity.float()  # accelerate gives outputs back in fp32
     weights = 1 / (1 - alpha_bar[timesteps])
     return (weights.view(-1, 1, 1, 1, 1) * (predicted - clean) ** 2).reshape(batch, -1).mean(dim=1).mean()
@@ -187,7 +190,7 @@ def foreign_loss(transformer, base, rotary, batch, frames, height, width, half):
 COLUMNS = ("model method rank batch grad_checkpointing optimizer offload weights_dtype frames height width before_gib train_gib "
            "kind").split()  # fmt: skip
 KNOWN = {
-    "model": [*NAMES],
+    "model": [*ALL],
     "method": ["lora", "full"],
     "grad_checkpointing": ["yes", "no"],
     "optimizer": ["adamw", "adamw8bit"],
@@ -417,7 +420,7 @@ def command_of(config):
 
 def rows_of_cards(model):
     """A model's rows of tests/cards.csv. A plan does not depend on the card, so each is made once. Of image-to-video,
-    which takes little more than its text-to-video model, those of one card."""
+    which needs about what its text-to-video model does, those of one card."""
     cl.quiet_libraries()
     of = [plan.USUAL_CARD] if model in IMAGE_TO_VIDEO else CARDS
     return [row_of_card(card, model, method) for card in of for method in ("lora", "qlora", "full")]
@@ -425,7 +428,7 @@ def rows_of_cards(model):
 
 def row_of_card(card, model, method):
     """What a method needs at the model's native size, and where that does not leave TIGHT to spare, what does."""
-    asked, vram = cl.Config(method=method, model=(NAMES | IMAGE_TO_VIDEO)[model], data="my_clips"), plan.CARDS[card][2]
+    asked, vram = cl.Config(method=method, model=ALL[model], data="my_clips"), plan.CARDS[card][2]
 
     def planned_with(**changes):
         return plan_of(**options_said(plan.changed(asked, **changes)))

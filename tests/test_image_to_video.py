@@ -228,9 +228,9 @@ def test_the_critic_is_shown_the_frame_that_a_sample_began_with(samples, family)
     s = samples(family)
     latents = torch.randn(sum(s.base.latent_frames(9)), 4, 4, 4)
     prompt, (file, *_) = s.cache.prompts["a red spider"], s.cache.heldout[0]
-    a, b = (s.drawn(latents, prompt, f, 300) for f in (file, s.cache.train[0][0]))
+    a, b = (s.drawn(latents, prompt, 300, f) for f in (file, s.cache.train[0][0]))
     assert torch.equal(a["noise"], b["noise"]) and not torch.equal(a["image"], b["image"])
-    assert a["image"].shape == latents.shape and torch.equal(a["image"], s.drawn(latents, prompt, file, 300)["image"])
+    assert a["image"].shape == latents.shape and torch.equal(a["image"], s.drawn(latents, prompt, 300, file)["image"])
 
 
 def test_learned_positions_are_kept_by_full_fine_tuning(quick, tiny):

@@ -117,9 +117,9 @@ def told_seconds(path):
     return 60 * int(minutes or 0) + int(seconds)
 
 
-def test_a_lesson_took_less_than_four_minutes_and_all_notebooks_less_than_twenty_four():
-    assert max(map(told_seconds, LESSONS)) < 240
-    assert sum(map(told_seconds, (ROOT / "notebooks").glob("*.ipynb"))) < 1440
+def test_a_lesson_took_less_than_three_minutes_and_all_notebooks_less_than_eighteen():
+    assert max(map(told_seconds, LESSONS)) < 180
+    assert sum(map(told_seconds, (ROOT / "notebooks").glob("*.ipynb"))) < 1080
 
 
 def test_continuous_integration_runs_the_test_command_of_the_readme():
