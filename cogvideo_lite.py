@@ -75,7 +75,7 @@ class Config:
     """Everything that decides a run. `resolve` fills what is None; the result is saved as the run's config.json."""
 
     method: str = option(None, "lora", choices=["lora", "qlora", "full"])
-    model: str = option("folder or Hub id of a CogVideoX, text- or image-to-video", "data_samples/cogvideox-nano")
+    model: str = option("folder or Hub id of a text- or image-to-video CogVideoX", "data_samples/cogvideox-nano")
     data: str = option("folder of clips with captions, in any form that README.md lists", "data_samples/spider")
     heldout: str = option("folder of clips that are only held out [DATA-heldout if it exists, else every tenth clip]")
     out: str = option("folder of the run [runs/METHOD-TIME]")
@@ -617,8 +617,8 @@ def read_video(path, frames=None, height=None, width=None, fps=None):
 
 
 def read_image(path, height, width):
-    """A picture as a viewer shows it, turned as its EXIF says, scaled and cropped as `read_video` does with frames.
-    Returns float (C, H, W) in [0, 1]. Raises UserError."""
+    """A picture as a viewer shows it, turned as its EXIF says, scaled and cropped as `read_video` does with frames; it
+    prints how much is lost where that is much. Returns float (C, H, W) in [0, 1]. Raises UserError."""
     from PIL import Image, ImageOps
 
     try:
@@ -628,8 +628,11 @@ def read_image(path, height, width):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = f"{type(error).__name__}: it is missing, damaged, or no picture"
         raise UserError(f"image '{path}': cannot be read ({reason}); give a PNG or JPEG")
-    picture = on_white(torch.from_numpy(picture).float() / 255)
-    return cover(picture, picture.shape[:2], height, width).permute(2, 0, 1)
+    picture, (high, wide) = on_white(torch.from_numpy(picture).float() / 255), picture.shape[:2]
+    lost = 1 - height * width / (high * wide * max(height / high, width / wide) ** 2)
+    if lost > 0.2:
+        print_once(f"image '{path}': {100 * lost:.0f} % of it is cropped away, around the centre; crop it yourself")
+    return cover(picture, (high, wide), height, width).permute(2, 0, 1)
 
 
 def write_video(path, video, fps):
@@ -2422,7 +2425,7 @@ ACTIONS = {
 }
 EXTRAS = {
     "run": dict(help="folder of a finished run, for --sample"),
-    "image": dict(nargs="+", metavar="FILE", help="for --sample: what clips begin with; one picture, or one a prompt"),
+    "image": dict(nargs="+", metavar="FILE", help="for --sample: the picture to begin with, one or one per prompt"),
     "check": dict(action="store_true", help="say what in the clips is likely to harm, write check.html, and stop"),
     "plan": dict(action="store_true", help="with --lora, --qlora or --full: predict memory and time, and stop"),
     "vram": dict(type=float, metavar="GIB", help="with --plan: memory that the run must fit in [the card's; 24]"),

@@ -193,12 +193,13 @@ def auc(values, above):
 
 
 def partial_spearman(x, y, *others):
-    """Spearman's coefficient of x and y once what ranks of others say of either is taken off."""
+    """Spearman's coefficient of x and y once what ranks of others say of either is taken off; NaN where nothing is
+    left, as of x beside itself, whose rounding errors would make a number that differs between processors."""
     from scipy.stats import pearsonr, rankdata
 
     design = np.column_stack([np.ones(len(x)), *map(rankdata, others)])
     rest = [rankdata(v) - design @ np.linalg.lstsq(design, rankdata(v), rcond=None)[0] for v in (x, y)]
-    return pearsonr(*rest).statistic
+    return pearsonr(*rest).statistic if all(np.abs(r).max() > 1e-6 for r in rest) else float("nan")
 
 
 def of_models(seeds, each=DRAWN_BY_A_RUN):
@@ -240,7 +241,8 @@ def compared(seeds):
         row = {"number of one run": name, "AUC": f"{auc(values, above):.2f}", "lowest above": f"{lowest:.3g}"}
         row["highest below"] = f"{highest:.3g}"
         agrees = agreement(values, rows, above)
-        out.append(row | {WORDS[of]: ", ".join(f"{x:.2f}" for x in three) for of, three in agrees.items()})
+        told = {of: ", ".join("-" if x != x else f"{x:.2f}" for x in three) for of, three in agrees.items()}
+        out.append(row | {WORDS[of]: text for of, text in told.items()})
     return out
 
 

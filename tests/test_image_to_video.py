@@ -376,7 +376,7 @@ def test_the_first_frame_decides_what_a_clip_shows_even_under_a_wrong_caption(tm
 # ---------------------------------------------------------------------------------------------------- pictures, refusals
 
 
-def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path):
+def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, capsys):
     """Against Pillow: turned as a phone's EXIF says, transparent parts on white, scaled to cover, the middle kept."""
     upright = Image.effect_noise((48, 96), 80).resize((96, 192)).convert("RGB")  # portrait
     exif = Image.Exif()
@@ -387,11 +387,13 @@ def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path):
     theirs = ImageOps.fit(theirs, (48, 32), Image.Resampling.BICUBIC)
     theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 255
     assert found.shape == (3, 32, 48) and (found - theirs).abs().mean() < 0.02
+    assert "phone.png': 67 % of it is cropped away" in capsys.readouterr().out  # of 1:2, a third is left in 3:2
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     clear.paste((0, 0, 255, 255), (0, 0, 16, 32))
     clear.save(tmp_path / "clear.png")
     found = cl.read_image(tmp_path / "clear.png", 32, 32)
     assert found[:, 5, 5].tolist() == [0, 0, 1] and found[:, 5, 25].tolist() == [1, 1, 1]
+    assert not capsys.readouterr().out
     clear.convert("P").save(tmp_path / "palette.gif")
     Image.new("L", (64, 40), 128).save(tmp_path / "grey.jpg")
     assert cl.read_image(tmp_path / "palette.gif", 32, 32).shape == cl.read_image(tmp_path / "grey.jpg", 32, 32).shape

@@ -9,9 +9,11 @@ from statistics import geometric_mean
 import cv2
 import distortion
 import judge
+import judges
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -134,6 +136,16 @@ def test_the_verdict_comes_first_and_names_the_parts_that_are_worse(tmp_path):
     assert judge.verdict(judge.compared_with_base([row(1.0, 1.1, 1.0)] * 3, tmp_path, {}))[1] == (
         "no worse than the base's in 3 prompts"
     )
+
+
+def test_a_coefficient_at_equal_values_of_itself_is_no_number():
+    """It was one of rounding errors, another on each processor. Elsewhere it is the textbook's, of three coefficients."""
+    x, y, z = np.random.default_rng(0).normal(size=(3, 40))
+    y, z = y + x, z + 2 * x
+    assert math.isnan(judges.partial_spearman(x, y, z, x))
+    xy, xz, yz = (spearmanr(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
+    closed = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert judges.partial_spearman(x, y, z) == pytest.approx(closed)
 
 
 def test_a_score_that_does_not_notice_bent_clips_says_so_itself():
