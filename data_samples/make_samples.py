@@ -760,7 +760,8 @@ def widened(transformer):
     from diffusers import CogVideoXTransformer3DModel
 
     channels = transformer.config.in_channels
-    wide = CogVideoXTransformer3DModel.from_config({**transformer.config, "in_channels": 2 * channels})
+    shape = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    wide = CogVideoXTransformer3DModel.from_config({**shape, "in_channels": 2 * channels})
     weights = transformer.state_dict()
     proj = weights["patch_embed.proj.weight"]  # (width, C, patch, patch)
     weights["patch_embed.proj.weight"] = torch.cat([proj, torch.zeros_like(proj)], dim=1)
