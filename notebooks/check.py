@@ -406,7 +406,8 @@ def harms_of_files(report):
         needed = f"{config.frames} frames at {config.fps:g} fps are needed, more than {report.needed_s:.1f} s"
         there = spread([look.available for look in short])
         text = f"{count(short, looks)} too short: {needed}; there are {there} ({some(short)})"
-        lower = f"--frames {(fewest - 1) // 8 * 8 + 1} takes all; " if fewest >= 9 else ""
+        fewer = fewest >= 9 and not report.own_size_alone
+        lower = f"--frames {(fewest - 1) // 8 * 8 + 1} takes all; " if fewer else ""
         yield harm(short, text, f"{lower}drop them")
 
 
@@ -570,6 +571,7 @@ class Report:
     without_tokens: str = ""  # why caption tokens are not counted
     unseen: int = 0  # clips that there was no time for
     image_to_video: bool = False  # a model that is given the first frame
+    own_size_alone: bool = False  # a model whose positions are learned
     alike: list = field(default_factory=list)  # pairs of Look
     seconds: float = 0
 
@@ -621,6 +623,7 @@ def check(config, decode=True, download=True, limit_s=math.inf):
     config, base = resolved(config)
     sides, split, refused = sides_of(config)
     report = Report(config, [], split, base.text_length, refused, image_to_video=base.image_to_video)
+    report.own_size_alone = bool(base.transformer.get("use_learned_positional_embeddings"))
     tokenizer, report.without_tokens = tokenizer_of(config.model, download)
     begun_looking = time.perf_counter()
     for clip, side in sides.items():

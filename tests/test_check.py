@@ -314,6 +314,19 @@ def test_a_clip_that_fades_in_harms_an_image_to_video_model_alone(tmp_path, tiny
     assert not told["1.5"] and "'fades.mp4'" in told["1.5-i2v"][0].text and "-ss" in told["1.5-i2v"][0].remedy
 
 
+@pytest.mark.parametrize("family, advised", [("5b", True), ("5b-i2v", False)])
+def test_fewer_frames_are_not_advised_for_a_model_that_takes_no_other_number(tmp_path, tiny, family, advised):
+    model, clips = shutil.copytree(tiny(family), tmp_path / "model"), tmp_path / "clips"
+    settings = json.loads((model / "transformer/config.json").read_text()) | {"sample_frames": 17}
+    (model / "transformer/config.json").write_text(json.dumps(settings))
+    clips.mkdir()
+    for k in range(3):
+        write(captioned(clips / f"{k}.mp4"), small(12, seed=k))
+    harms = check.check(cl.Config(model=str(model), data=str(clips))).harms
+    (remedy,) = [h.remedy for h in harms if "too short" in h.text]
+    assert ("--frames 9 takes all" in remedy) == advised and "drop them" in remedy
+
+
 def test_of_long_clips_only_the_start_is_read(tmp_path):
     fine(tmp_path)
     write(captioned(tmp_path / "long.mp4"), small(60))
