@@ -200,7 +200,7 @@ def resolve(config, base=None, processes=None):
         values = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in taken.items())
         sources = "; ".join(f"{k}: {reason}" for k, reason in source.items() if k in taken)
         reasons.append(("recipe", f"{values} ({sources})" if sources else values))
-    if base.transformer.get("use_learned_positional_embeddings"):  # CogVideoX-5b-I2V's: there are no others
+    if base.own_size_alone:
         size = dict(frames=base.frames, height=base.native[0], width=base.native[1])
         alone = f"this model has learned its positions, for {'x'.join(map(str, size.values()))} alone"
         for name, own in size.items():
@@ -673,6 +673,9 @@ class Base:
     # Beside the latents of a clip, such a model is shown those of its first frame.
     image_to_video = property(lambda self: self.transformer["in_channels"] == 2 * self.vae["latent_channels"])
 
+    # CogVideoX-5b-I2V has learned its positions, and there are no others.
+    own_size_alone = property(lambda self: bool(self.transformer.get("use_learned_positional_embeddings")))
+
     @property
     def image_scale(self):
         """Of the first frame's latents, as the transformer knows them: CogVideoX1.5's are divided, not multiplied."""
@@ -968,6 +971,9 @@ def compute_in_dtype_of_input(model, dtype):
 # freed before the transformer is loaded. A file's name carries a hash of everything that its content depends on.
 
 
+IMAGE_CODINGS = 8  # of a clip's first frame, each with noise of its own
+
+
 @dataclass
 class Cache:
     """Coded clips and prompts on disk. Each entry of `train` and `heldout` is (clip file, a prompt file a caption). A
@@ -1107,8 +1113,8 @@ def cache_clips(config, device=None):
     prompts = {text: folder / f"prompt-{digest(text_settings, text)}.safetensors" for text in texts}
     missing = {clip: file for clip, file in files.items() if not is_cached(file, "moments")}
     missing_prompts = {text: file for text, file in prompts.items() if not is_cached(file, "prompt_embeds")}
-    cells = base.latent_frames(config.frames)[0] * (config.height // base.spatial) * (config.width // base.spatial)
-    cells *= 1 + IMAGE_CODINGS / base.latent_frames(config.frames)[0] * base.image_to_video
+    latent_frames = base.latent_frames(config.frames)[0] + IMAGE_CODINGS * base.image_to_video
+    cells = latent_frames * (config.height // base.spatial) * (config.width // base.spatial)
     of_clips = len(missing) * cells * 2 * base.vae["latent_channels"]  # mean and log-variance
     of_prompts = len(missing_prompts) * base.text_length * base.transformer.get("text_embed_dim", 4096)
     words = f"{len(missing)} clips and {len(missing_prompts)} prompts; make room, or give another folder with --cache"
@@ -1159,24 +1165,21 @@ def encode_clips(base, missing, settings, device, dtype):
             bad[clip] = error.with_traceback(None)  # which would hold the frames that were read
             continue
         repeats[clip] = int((video[1:] == video[:-1]).flatten(1).all(1).sum())
-        frame = 2 * video[0] - 1
+        frame = video[0]
         video = (2 * video - 1).to(device, dtype).transpose(0, 1)[None]  # (1, C, F, H, W) in [-1, 1]
         with torch.no_grad():
             coded = {"moments": vae.encode(video).latent_dist.parameters[0]}  # (2C, T, h, w)
             if base.image_to_video:
-                noisy = noisy_images(frame, IMAGE_CODINGS, keyed_generator("first frame", file.stem))
+                noisy = noisy_images(2 * frame - 1, IMAGE_CODINGS, keyed_generator("first frame", file.stem))
                 noisy = noisy.to(device, dtype)[:, None, :, None]  # each (1, C, 1, H, W)
                 coded["images"] = torch.cat([vae.encode(image).latent_dist.parameters[:, :, 0] for image in noisy])
-                coded["first_frame"] = ((frame + 1) * 127.5).round().byte()
+                coded["first_frame"] = (frame * 255).round().byte()
         save_tensors(file, coded, settings=settings, clip=ascii(clip.path.name))  # the names for people
     if any(repeats.values()):
         worst, number = max(repeats, key=repeats.get), sum(map(bool, repeats.values()))
         example = f"'{worst.path.name}' at {repeats[worst]} of {worst.frames - 1} steps"
         print(f"cache: frames repeat in {number} of {len(repeats)} clips, such as {example}; lower --fps", flush=True)
     return bad
-
-
-IMAGE_CODINGS = 8  # of a clip's first frame in the cache, each with noise of its own
 
 
 def noisy_images(image, count, generator):

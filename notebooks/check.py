@@ -622,8 +622,8 @@ def check(config, decode=True, download=True, limit_s=math.inf):
     begun = time.perf_counter()
     config, base = resolved(config)
     sides, split, refused = sides_of(config)
-    report = Report(config, [], split, base.text_length, refused, image_to_video=base.image_to_video)
-    report.own_size_alone = bool(base.transformer.get("use_learned_positional_embeddings"))
+    of_model = dict(image_to_video=base.image_to_video, own_size_alone=base.own_size_alone)
+    report = Report(config, [], split, base.text_length, refused, **of_model)
     tokenizer, report.without_tokens = tokenizer_of(config.model, download)
     begun_looking = time.perf_counter()
     for clip, side in sides.items():

@@ -241,7 +241,7 @@ def compared(seeds):
         row = {"number of one run": name, "AUC": f"{auc(values, above):.2f}", "lowest above": f"{lowest:.3g}"}
         row["highest below"] = f"{highest:.3g}"
         agrees = agreement(values, rows, above)
-        told = {of: ", ".join("-" if x != x else f"{x:.2f}" for x in three) for of, three in agrees.items()}
+        told = {of: ", ".join("-" if math.isnan(x) else f"{x:.2f}" for x in three) for of, three in agrees.items()}
         out.append(row | {WORDS[of]: text for of, text in told.items()})
     return out
 

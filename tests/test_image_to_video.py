@@ -271,11 +271,12 @@ def test_a_blend_begins_with_the_frames_of_its_run(quick):
 
 def test_a_run_does_not_go_on_with_other_first_frames(quick, clips):
     run = cl.train(quick("5b-i2v", steps=2))
+    began = (run.folder / "samples/first-0.png").read_bytes()
     rows = (clips / "metadata.jsonl").read_text().splitlines()
     (clips / "metadata.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # the held-out clip is the last
     with pytest.raises(cl.UserError, match="its samples before training began with another frame"):
         cl.train(quick("5b-i2v", resume=True))
-    assert run.folder.exists()
+    assert (run.folder / "samples/first-0.png").read_bytes() == began
 
 
 @both
